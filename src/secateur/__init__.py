@@ -1,0 +1,2 @@
+"""Secateur."""
+__version__ = "0.1.0"

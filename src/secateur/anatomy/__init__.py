@@ -1,0 +1,8 @@
+"""Where each model family keeps its parts. Families are data; :mod:`families` is the table."""
+
+from __future__ import annotations
+
+from secateur.anatomy.describe import Anatomy, describe
+from secateur.anatomy.families import FAMILIES, Coupling, Dense, Family
+
+__all__ = ["FAMILIES", "Anatomy", "Coupling", "Dense", "Family", "describe"]

@@ -1,0 +1,51 @@
+"""What goes into each block, kept while the layer stage runs; on disk once it is too much."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+#: Bytes of activations held in memory before the rest goes to a temporary file each.
+IN_MEMORY = 2**30
+
+
+class Boundaries:
+    """Activations (windows, length, hidden) by block number."""
+
+    def __init__(self, limit: int = IN_MEMORY) -> None:
+        self._limit = limit
+        self._held: dict[int, torch.Tensor] = {}
+        self._spilled: dict[int, Path] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __setitem__(self, block: int, hidden: torch.Tensor) -> None:
+        self._held.pop(block, None)
+        self._spilled.pop(block, None)
+        size = hidden.numel() * hidden.element_size()
+        if size + sum(h.numel() * h.element_size() for h in self._held.values()) <= self._limit:
+            self._held[block] = hidden
+            return
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="secateur-")
+        from safetensors.torch import save_file
+
+        path = Path(self._folder.name) / f"{block}.safetensors"
+        save_file({"hidden": hidden.contiguous().cpu()}, path)
+        self._spilled[block] = path
+
+    def __getitem__(self, block: int) -> torch.Tensor:
+        if block in self._held:
+            return self._held[block]
+        from safetensors.torch import load_file
+
+        return load_file(self._spilled[block])["hidden"]
+
+    def close(self) -> None:
+        """Forget everything, on disk too."""
+        self._held.clear()
+        self._spilled.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None

@@ -1,0 +1,146 @@
+"""What every opened model offers: names, shapes, types, and values one tensor at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from secateur.errors import SourceError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One stored tensor: its shape, its type on disk, its size in bytes and the file it is in."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    file: Path
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for side in self.shape:
+            count *= side
+        return count
+
+
+class Checkpoint(ABC):
+    """An opened model. Subclasses say where the bytes are; nobody else needs to know.
+
+    Attributes:
+        source: what the user typed.
+        folder: local folder with the config and tokenizer files.
+        config: the transformers config.
+        tensors: every stored tensor by its stored name.
+    """
+
+    source: str
+    folder: Path
+    config: PretrainedConfig
+    tensors: dict[str, TensorInfo]
+    trust_remote_code: bool = False
+
+    @abstractmethod
+    def _load(self, name: str) -> torch.Tensor:
+        """The values of one tensor as they are stored."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Floating type to write a derived model in when the user names none."""
+
+    @abstractmethod
+    def skeleton_names(self, names: Iterable[str], skeleton: Any) -> dict[str, str]:
+        """For each parameter name of the transformers model, the stored name, where there is one.
+
+        Args:
+            names: parameter and persistent buffer names of the model.
+            skeleton: the model itself, on the meta device.
+        """
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Read one tensor. Floating values must be finite and are cast to ``dtype`` if given.
+
+        Raises:
+            SourceError: the value cannot be read, or holds NaN or infinity.
+        """
+        tensor = self._load(name)
+        if tensor.is_floating_point():
+            if not bool(torch.isfinite(tensor).all()):
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise SourceError(
+                    f"tensor {name} in {self.tensors[name].file.name} holds {bad} NaN or infinite "
+                    "values: the checkpoint is damaged; fetch or export it again"
+                )
+            if dtype is not None:
+                tensor = tensor.to(dtype)
+        return tensor
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of this model.
+
+        Raises:
+            SourceError: there is none, or it cannot be opened.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.folder, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SourceError(
+                f"source {self.source} has no tokenizer that opens ({_first_line(error)}): put its "
+                "tokenizer.json and tokenizer_config.json beside config.json"
+            ) from error
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files, sorted."""
+        return sorted({info.file for info in self.tensors.values()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight files."""
+        return sum(path.stat().st_size for path in self.files)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the config and over name, shape, type and size of every tensor.
+
+        It names the model cheaply; it does not read the values. :meth:`state` notices files that
+        change during a run.
+        """
+        table = [
+            [info.name, list(info.shape), info.dtype, info.nbytes]
+            for info in sorted(self.tensors.values(), key=lambda info: info.name)
+        ]
+        config = {
+            key: value
+            for key, value in self.config.to_dict().items()
+            if key not in {"_name_or_path", "transformers_version"}
+        }
+        text = json.dumps([config, table], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def state(self) -> list[list[Any]]:
+        """Name, size and modification time of each weight file, to notice a change under a run."""
+        return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in self.files]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

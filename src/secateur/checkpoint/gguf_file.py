@@ -1,0 +1,139 @@
+"""A GGUF file, dequantised tensor by tensor with transformers' own name and layout tables."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.checkpoint.base import Checkpoint, TensorInfo, _first_line
+from secateur.errors import SourceError
+
+
+class GgufCheckpoint(Checkpoint):
+    """See :class:`~secateur.checkpoint.base.Checkpoint`.
+
+    Config and tokenizer are read once through transformers and kept as ordinary files in the
+    user's cache folder, since parsing a vocabulary out of GGUF takes seconds.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from transformers import AutoConfig
+
+        self.source = str(path)
+        self.path = path
+        self._reader = _open_reader(path)
+        self._entries = {entry.name: entry for entry in self._reader.tensors}
+        self.tensors = {
+            name: TensorInfo(
+                name,
+                tuple(int(side) for side in reversed(entry.shape.tolist())),
+                entry.tensor_type.name,
+                int(entry.n_bytes),
+                path,
+            )
+            for name, entry in self._entries.items()
+        }
+        self.folder = _metadata_folder(path)
+        self.config = AutoConfig.from_pretrained(self.folder)
+        self._stored: dict[str, str] = {}
+
+    @cached_property
+    def _processor(self) -> Any:
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+        architecture = self._reader.fields["general.architecture"].contents()
+        return TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=self.config.to_dict())
+
+    def _load(self, name: str) -> torch.Tensor:
+        from gguf import dequantize
+
+        entry = self._entries[name]
+        try:
+            values = dequantize(entry.data, entry.tensor_type)
+        except (NotImplementedError, ValueError) as error:
+            raise SourceError(
+                f"tensor {name} in {self.path} is of type {entry.tensor_type.name}, which cannot "
+                "be dequantised: give an f16, q8_0, q4_0, q4_1 or K-quant file"
+            ) from error
+        done = self._processor.process(
+            weights=values, name=name, tensor_key_mapping={}, parsed_parameters={}
+        )
+        return torch.from_numpy(done.weights.copy())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        # Scales of quantised blocks are float16, so float16 loses least of what the file says.
+        kinds = {info.dtype for info in self.tensors.values() if len(info.shape) > 1}
+        if kinds <= {"F32"}:
+            return torch.float32
+        return torch.bfloat16 if "BF16" in kinds else torch.float16
+
+    def skeleton_names(self, names: Iterable[str], skeleton: Any) -> dict[str, str]:
+        from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+
+        stored = {hf: g for g, hf in get_gguf_hf_weights_map(skeleton, self._processor).items()}
+        return {n: stored[n] for n in names if stored.get(n) in self.tensors}
+
+
+def _open_reader(path: Path) -> Any:
+    from gguf import GGUFReader
+
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise SourceError(f"{path} is no GGUF file: it does not begin with the letters GGUF")
+    try:
+        reader = GGUFReader(path)
+    except Exception as error:  # the reader trusts its input; anything may come out of bad bytes
+        raise SourceError(
+            f"{path} is truncated or damaged, or of a GGUF type that gguf does not know "
+            f"({_first_line(error)}): fetch it again"
+        ) from error
+    size = path.stat().st_size
+    for entry in reader.tensors:
+        if entry.data_offset + entry.n_bytes > size:
+            raise SourceError(
+                f"{path} is truncated: tensor {entry.name} ends at byte "
+                f"{entry.data_offset + entry.n_bytes}, the file has {size}; fetch it again"
+            )
+    if "general.architecture" not in reader.fields or not reader.tensors:
+        raise SourceError(f"{path} holds no model: no architecture or no tensors in it")
+    return reader
+
+
+def _metadata_folder(path: Path) -> Path:
+    """Config and tokenizer of the file as ordinary files, made once per file and version."""
+    import transformers
+    from transformers import AutoConfig, AutoTokenizer
+
+    stat = path.stat()
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{transformers.__version__}"
+    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = root / "secateur" / "gguf" / hashlib.sha256(key.encode()).hexdigest()[:24]
+    if folder.is_dir():
+        return folder
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:  # unknown architectures, tokenizers and keys all end here
+        raise SourceError(
+            f"{path} is a GGUF file of a type that transformers cannot open "
+            f"({_first_line(error)}): give the Hugging Face folder of the model instead"
+        ) from error
+    config._name_or_path = ""
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    try:
+        partial.rename(folder)
+    except OSError:  # another process was faster; its files are the same
+        import shutil
+
+        shutil.rmtree(partial)
+    return folder

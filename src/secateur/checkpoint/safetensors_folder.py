@@ -1,0 +1,223 @@
+"""A Hugging Face folder: ``config.json`` and one or several safetensors files.
+
+The headers are checked here before safetensors itself sees the file, because a user with a
+half-downloaded model needs to hear which file it is and what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.checkpoint.base import Checkpoint, TensorInfo
+from secateur.errors import SourceError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+#: safetensors refuses longer headers too; without a limit a forged length asks for all memory.
+MAX_HEADER = 100_000_000
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """See :class:`~secateur.checkpoint.base.Checkpoint`."""
+
+    def __init__(self, folder: Path, *, source: str, trust_remote_code: bool) -> None:
+        self.folder = folder
+        self.source = source
+        self.trust_remote_code = trust_remote_code
+        self.config = _load_config(folder, source, trust_remote_code)
+        self.tensors = {}
+        for path, names in _weight_files(folder).items():
+            header = read_header(path)
+            missing = sorted(names - header.keys()) if names else []
+            if missing:
+                raise SourceError(
+                    f"the index names tensor {missing[0]} in {path.name}, which does not hold it: "
+                    "index and shards are of different versions; fetch them again together"
+                )
+            self.tensors.update(
+                {name: info for name, info in header.items() if not names or name in names}
+            )
+        self._handles: dict[Path, Any] = {}
+
+    def _load(self, name: str) -> torch.Tensor:
+        from safetensors import SafetensorError, safe_open
+
+        path = self.tensors[name].file
+        try:
+            if path not in self._handles:
+                self._handles[path] = safe_open(path, framework="pt")
+            tensor: torch.Tensor = self._handles[path].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise SourceError(f"tensor {name} cannot be read from {path}: {error}") from error
+        return tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        counts: dict[str, int] = {}
+        for info in self.tensors.values():
+            counts[info.dtype] = counts.get(info.dtype, 0) + info.numel
+        floating = {d: n for d, n in counts.items() if d in ("F32", "F16", "BF16", "F64")}
+        if not floating:
+            raise SourceError(
+                f"source {self.source} holds no plain floating weights (types: "
+                f"{', '.join(sorted(counts))}): quantised safetensors cannot be pruned; give the "
+                "unquantised model, or a GGUF file"
+            )
+        return DTYPES[max(floating, key=lambda d: floating[d])]
+
+    def skeleton_names(self, names: Iterable[str], skeleton: Any) -> dict[str, str]:
+        # Older checkpoints were saved from the base model and lack its prefix ("decoder.layers.0"
+        # for "model.decoder.layers.0"); from_pretrained accepts them, so we do.
+        prefix = f"{skeleton.base_model_prefix}."
+        found: dict[str, str] = {}
+        for name in names:
+            short = name.removeprefix(prefix)
+            for candidate in (name, short, prefix + name):
+                if candidate in self.tensors:
+                    found[name] = candidate
+                    break
+        return found
+
+
+def _weight_files(folder: Path) -> dict[Path, set[str]]:
+    """Weight files and the tensors that are wanted of each (an empty set: all of them)."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            items = [(str(k), str(v)) for k, v in weight_map.items()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SourceError(f"{index} is no safetensors index: {error}") from error
+        if not items:
+            raise SourceError(f"{index} names no tensor")
+        files: dict[Path, set[str]] = {}
+        for name, shard in items:
+            if Path(shard).name != shard:
+                raise SourceError(
+                    f"{index} names shard {shard!r}: a shard must lie in the folder itself"
+                )
+            files.setdefault(folder / shard, set()).add(name)
+        for path in files:
+            if not path.is_file():
+                raise SourceError(
+                    f"shard {path.name} is named in {index.name} but is not in {folder}: "
+                    "the download is not complete; fetch the folder again"
+                )
+        return files
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return {single: set()}
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return {others[0]: set()}
+    raise SourceError(
+        f"{folder} holds {len(others)} safetensors files but neither model.safetensors nor "
+        "model.safetensors.index.json: fetch the index file too"
+    )
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Read and check the header of one safetensors file.
+
+    Raises:
+        SourceError: the file is cut short, the header is not what its length says, offsets
+            overlap or leave the file, or a shape and its bytes disagree.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(8)
+        if len(first) < 8:
+            raise SourceError(f"{path} is cut short: {size} bytes, not even a header")
+        (length,) = struct.unpack("<Q", first)
+        if length > min(size - 8, MAX_HEADER):
+            raise SourceError(
+                f"{path} is damaged: its header claims {length} bytes, the file has {size}; "
+                "fetch it again"
+            )
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        entries = [
+            (str(name), str(e["dtype"]), [int(s) for s in e["shape"]], *map(int, e["data_offsets"]))
+            for name, e in header.items()
+            if name != "__metadata__"
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SourceError(
+            f"{path} is damaged: its header is not valid ({error}); fetch it again"
+        ) from error
+    found: dict[str, TensorInfo] = {}
+    end_of_last = 0
+    for name, dtype, shape, begin, end in sorted(entries, key=lambda e: (e[3], e[4])):
+        if begin < end_of_last:
+            raise SourceError(
+                f"{path} is damaged: tensor {name} overlaps the one before it "
+                f"(starts at {begin}, the other ends at {end_of_last}); fetch it again"
+            )
+        if 8 + length + end > size:
+            raise SourceError(
+                f"{path} is cut short: tensor {name} ends at byte {8 + length + end}, the file "
+                f"has {size}; fetch it again"
+            )
+        info = TensorInfo(name, tuple(shape), dtype, end - begin, path)
+        if any(side < 0 for side in shape) or end < begin:
+            raise SourceError(f"{path} is damaged: tensor {name} has shape {shape}; fetch it again")
+        if dtype in DTYPES and info.numel * DTYPES[dtype].itemsize != info.nbytes:
+            raise SourceError(
+                f"{path} is damaged: tensor {name} of shape {shape} and type {dtype} cannot have "
+                f"{info.nbytes} bytes; fetch it again"
+            )
+        end_of_last = end
+        found[name] = info
+    return found
+
+
+def _load_config(folder: Path, source: str, trust_remote_code: bool) -> Any:
+    """The transformers config, without running any code of the checkpoint unless allowed."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    from secateur.modules import MODEL_TYPE_PREFIX, pruned_config
+
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise SourceError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict) or "model_type" not in raw:
+        raise SourceError(f"{path} does not say model_type: it is not a model's config")
+    model_type = str(raw["model_type"])
+    if model_type.startswith(MODEL_TYPE_PREFIX):
+        # One of our own outputs: the classes are built here, the file beside it is not run.
+        return pruned_config(raw)
+    if model_type not in CONFIG_MAPPING and not trust_remote_code:
+        if raw.get("auto_map"):
+            raise SourceError(
+                f"source {source} (model_type {model_type}) needs Python code of its own: read "
+                "that code, and if you trust it repeat the command with --trust-remote-code"
+            )
+        raise SourceError(
+            f"source {source} has model_type {model_type}, which the installed transformers does "
+            "not know: try pip install -U transformers"
+        )
+    try:
+        return AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code and model_type not in CONFIG_MAPPING
+        )
+    except Exception as error:  # transformers raises many kinds for a bad config
+        raise SourceError(f"{path} cannot be used: {error}") from error

@@ -1,0 +1,201 @@
+"""Writing a model so that a kill at any moment loses at most the block being worked on.
+
+Work happens in ``OUT.partial`` beside the wanted folder: the journal, the lock, and ``model/`` with
+what is to become ``OUT``. Every file is written under another name, synced and renamed; then one
+line goes into the journal. Only when everything stands there is ``model/`` renamed to its final
+name. The same command finds the journal and goes on behind it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.errors import OutputError
+
+JOURNAL = "journal.jsonl"
+LOCK = "lock"
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that the name never shows a half-written file."""
+    beside = path.with_name(f".{path.name}.tmp")
+    with beside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON with sorted keys and a final newline, atomically."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
+    write_bytes(path, (text + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Write one safetensors file atomically; return the SHA-256 of its bytes."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, beside, {"format": "pt"})
+    except SafetensorError as error:
+        # The Rust writer reports a full disk as text; the user needs the plain reason.
+        if "No space left" in str(error) or "os error 28" in str(error):
+            import errno
+
+            raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
+        raise
+    digest = hashlib.sha256()
+    with beside.open("rb+") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    _sync_folder(path.parent)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def work_folder(out: Path) -> Path:
+    """Where the unfinished work for ``out`` lies."""
+    return out.with_name(out.name + ".partial")
+
+
+def check_output(out: Path, source_folder: Path) -> None:
+    """Refuse an output place that cannot be used, before any work is done.
+
+    Raises:
+        OutputError: exists and is not empty, lies inside the source, or cannot be written.
+    """
+    target = out.expanduser().resolve()
+    source = source_folder.resolve()
+    if target == source or source in target.parents:
+        raise OutputError(
+            f"output {out} lies inside the source {source_folder}: choose a folder elsewhere"
+        )
+    if target.is_file():
+        raise OutputError(f"output {out} is a file: give a folder that does not exist yet")
+    if target.is_dir() and any(target.iterdir()):
+        raise OutputError(
+            f"output {out} exists and is not empty: choose another --out, or remove it first"
+        )
+    parent = target.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"output {out} cannot be written: no permission to write in {parent}")
+
+
+class Journal:
+    """The work folder of one run: what is finished, and of which recipe.
+
+    Args:
+        out: the wanted output folder; the work goes on in ``OUT.partial`` beside it.
+        identity: everything that decides the bytes (recipe, model, data, versions). A work folder
+            of another identity is refused.
+
+    Raises:
+        OutputError: another recipe's work lies there, or another process is at it.
+    """
+
+    def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
+        self.out = out.expanduser().resolve()
+        self.folder = work_folder(self.out)
+        self.model = self.folder / "model"
+        try:
+            self.model.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"output {out} cannot be written: {error.strerror}") from error
+        self._lock = (self.folder / LOCK).open("w")
+        try:
+            # An advisory lock of the kernel dies with its process: none can be stale.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OutputError(
+                f"output {out} is being written by another process: wait for it, or choose "
+                "another --out"
+            ) from error
+        self.entries = self._read()
+        wanted = json.loads(json.dumps(identity, sort_keys=True))
+        if not self.entries:
+            self.add("identity", wanted)
+        elif self.entries[0] != {"kind": "identity", "value": wanted}:
+            old = self.entries[0].get("value", {})
+            changed = [k for k in sorted({*old, *wanted}) if old.get(k) != wanted.get(k)]
+            raise OutputError(
+                f"{self.folder} holds unfinished work of another run (different: "
+                f"{', '.join(changed)}): repeat that command, choose another --out, or remove "
+                f"the folder with rm -r {self.folder}"
+            )
+
+    def _read(self) -> list[dict[str, Any]]:
+        path = self.folder / JOURNAL
+        entries: list[dict[str, Any]] = []
+        if not path.exists():
+            return entries
+        good = 0
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    break
+                if not line.endswith(b"\n"):
+                    break
+                entries.append(entry)
+                good += len(line)
+        # A line cut by a crash is dropped, so that the next one does not continue it.
+        with path.open("rb+") as file:
+            file.truncate(good)
+        return entries
+
+    def add(self, kind: str, value: Any) -> None:
+        """Append one line and sync it; what it speaks of must be on disk already."""
+        entry = {"kind": kind, "value": value}
+        with (self.folder / JOURNAL).open("ab") as file:
+            file.write((json.dumps(entry, sort_keys=True) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self.entries.append(json.loads(json.dumps(entry)))
+
+    def find(self, kind: str, **fields: Any) -> Any | None:
+        """The value of the newest entry of this kind with these fields, or None."""
+        for entry in reversed(self.entries):
+            value = entry["value"]
+            if entry["kind"] == kind and all(value.get(k) == v for k, v in fields.items()):
+                return value
+        return None
+
+    def finish(self) -> None:
+        """Everything stands: give the model its final name and drop the work folder."""
+        if self.model.is_dir():
+            _sync_folder(self.model)
+            if self.out.is_dir():
+                self.out.rmdir()  # check_output made sure that it is empty
+            os.replace(self.model, self.out)
+            _sync_folder(self.out.parent)
+        shutil.rmtree(self.folder)
+        self._lock.close()
+
+    def close(self) -> None:
+        """Let go of the lock; the work stays."""
+        self._lock.close()

@@ -1,0 +1,261 @@
+"""The two passes that a structured method needs: which blocks go, then what goes inside the rest.
+
+The engine drives a :class:`~secateur.streaming.Stream` and a
+:class:`~secateur.methods.Method`; it writes nothing. What a finished block turns into is handed to
+a sink.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from secateur.boundaries import Boundaries
+from secateur.errors import RecipeError
+from secateur.methods import Block, Method, Quotas
+from secateur.plan import BlockCut, Plan, Tensors, mask_block
+from secateur.progress import Progress
+from secateur.statistics import gather_moments
+from secateur.streaming import Stream
+
+#: Takes a finished block: its cut, and its original tensors in float32 on the CPU.
+Sink = Callable[[BlockCut, Tensors], None]
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """Blocks that stay, the importance of each on the shortened model, blocks in order of removal.
+
+    ``held_out_loss`` is the mean loss per token on windows kept out of the statistics, where the
+    number of removed blocks was chosen by it.
+    """
+
+    layers: list[int]
+    importances: dict[int, float]
+    removed: list[int]
+    held_out_loss: float | None = None
+
+
+class Engine:
+    """One run of one method over one model.
+
+    Args:
+        stream: the model.
+        method: the method.
+        to_remove: parameters that must go.
+        seed: of everything drawn inside blocks.
+        dtype: floating type of the written weights; trials see weights rounded to it.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        method: Method,
+        *,
+        to_remove: int,
+        seed: int,
+        dtype: torch.dtype,
+        progress: Progress,
+    ) -> None:
+        self.stream = stream
+        self.method = method
+        self.to_remove = to_remove
+        self.seed = seed
+        self.dtype = dtype
+        self.progress = progress
+        self.trials: list[dict[str, float]] = []
+
+    # ---- whole blocks ------------------------------------------------------------------------
+
+    def layer_stage(self, tokens: torch.Tensor) -> Iterator[LayerChoice]:
+        """With 0, 1, 2, ... blocks removed, each time the least important of what is left.
+
+        After a removal only what lies behind it is run again, since nothing before it changed.
+        """
+        anatomy = self.stream.anatomy
+        layers = list(range(anatomy.layers))
+        removed: list[int] = []
+        importances: dict[int, float] = {}
+        inputs = Boundaries()
+        try:
+            hidden = self.stream.embed(tokens)
+            start = 0
+            while True:
+                self.progress.stage(f"layer stage, {len(removed)} removed", len(layers) - start)
+                for layer in layers[start:]:
+                    inputs[layer] = hidden
+                    with self.stream.block(layer) as module:
+                        out = self.stream.forward_block(layer, module, hidden)
+                    importances[layer] = self.method.layer_importance(hidden, out)
+                    hidden = out
+                    self.progress.step(f"block {layer} importance {importances[layer]:.4f}")
+                self.progress.finish()
+                yield LayerChoice(list(layers), dict(importances), list(removed))
+                worst = min(layers, key=lambda layer: importances[layer])
+                start = layers.index(worst)
+                layers.remove(worst)
+                del importances[worst]
+                removed.append(worst)
+                hidden = inputs[worst]
+        finally:
+            inputs.close()
+
+    def choose_layers(self, tokens: torch.Tensor) -> LayerChoice:
+        """The blocks that stay, by the method's wish or by the loss on held-out windows.
+
+        For the choice, the last three tenths of the windows are kept out of the statistics, every
+        candidate is pruned to the same total share, and its loss is taken on those. Candidates
+        are tried upwards until one is worse than the one before.
+        """
+        most = self.to_remove // self.stream.anatomy.block_parameters
+        counts = self.method.layer_counts(most)
+        if len(counts) > 1:
+            best = self._best_count(tokens, counts)
+            count, loss = best
+        else:
+            count, loss = counts[0], None
+        for choice in self.layer_stage(tokens):
+            if len(choice.removed) == count:
+                return LayerChoice(choice.layers, choice.importances, choice.removed, loss)
+        raise AssertionError("the layer stage ends only when nothing is left")
+
+    def _best_count(self, tokens: torch.Tensor, counts: object) -> tuple[int, float]:
+        assert isinstance(counts, range)
+        held_out = max(1, math.ceil(0.3 * len(tokens)))
+        statistics, probe = tokens[:-held_out], tokens[-held_out:]
+        best: tuple[int, float] | None = None
+        refused: RecipeError | None = None
+        for choice in self.layer_stage(statistics):
+            count = len(choice.removed)
+            try:
+                quotas = self.quotas(choice)
+            except RecipeError as error:
+                refused = error
+            else:
+                loss = self._trial_loss(choice, quotas, statistics, probe)
+                self.trials.append({"layers": count, "held_out_loss": round(loss, 6)})
+                self.progress.note(f"{count} blocks removed: held-out loss {loss:.4f}")
+                if best is not None and loss >= best[1]:
+                    break
+                best = (count, loss)
+            if count == counts[-1]:
+                break
+        if best is None:
+            assert refused is not None
+            raise refused
+        return best
+
+    def _trial_loss(
+        self, choice: LayerChoice, quotas: Quotas, statistics: torch.Tensor, probe: torch.Tensor
+    ) -> float:
+        hidden: list[torch.Tensor] = []
+        self.neuron_stage(choice.layers, quotas, statistics, probe=probe, probe_out=hidden)
+        losses = self.stream.losses(hidden[0], probe)
+        return float(losses.sum()) / (probe.numel() - len(probe))
+
+    def quotas(self, choice: LayerChoice) -> Quotas:
+        """Parameters that each remaining block shall lose.
+
+        Raises:
+            RecipeError: they cannot lose that much.
+        """
+        anatomy = self.stream.anatomy
+        rest = self.to_remove - len(choice.removed) * anatomy.block_parameters
+        return self.method.quotas(anatomy, choice.importances, max(0, rest))
+
+    # ---- inside the blocks -------------------------------------------------------------------
+
+    def neuron_stage(
+        self,
+        layers: list[int],
+        quotas: Quotas,
+        tokens: torch.Tensor,
+        *,
+        sink: Sink | None = None,
+        done: dict[int, BlockCut] | None = None,
+        probe: torch.Tensor | None = None,
+        probe_out: list[torch.Tensor] | None = None,
+    ) -> Plan:
+        """Cut every block in ``layers`` by its quota.
+
+        Args:
+            tokens: (windows, length), for the statistics.
+            sink: called with each block that is cut here.
+            done: cuts of an earlier, killed run; those blocks are only run through.
+            probe: other windows, which pass through the cut blocks.
+            probe_out: gets the hidden state of ``probe`` behind the last block.
+        """
+        done = done or {}
+        plan = Plan(self.stream.anatomy, [])
+        name = "cutting blocks" if probe is None else "trial cut"
+        self.progress.stage(name, len(layers))
+        hidden = self.stream.embed(tokens)
+        probed = self.stream.embed(probe) if probe is not None else None
+        last_cut = max((i for i in layers if i not in done), default=-1)
+        for layer in layers:
+            if layer > last_cut and probe is None:
+                plan.blocks.append(done[layer])  # nothing behind it needs its output
+                self.progress.step()
+                continue
+            with self.stream.block(layer) as module:
+                identical = self.method.identical_inputs
+                if layer in done:
+                    cut, out = done[layer], self.stream.forward_block(layer, module, hidden)
+                else:
+                    cut, out = self._cut_block(layer, module, hidden, quotas[layer])
+                plan.blocks.append(cut)
+                state = _state(module)
+                if sink is not None and layer not in done:
+                    sink(cut, state)
+                if probed is not None or not identical:
+                    masked = mask_block(state, cut, self.dtype)
+                    masked = {k: v.to(self.stream.device) for k, v in masked.items()}
+                    module.load_state_dict(masked, assign=True)
+                    if probed is not None:
+                        probed = self.stream.forward_block(layer, module, probed)
+                    if not identical:
+                        out = self.stream.forward_block(layer, module, hidden)
+                hidden = out
+            self.progress.step(f"block {layer}")
+        self.progress.finish()
+        if probe_out is not None and probed is not None:
+            probe_out.append(probed)
+        return plan
+
+    def _cut_block(
+        self, layer: int, module: torch.nn.Module, hidden: torch.Tensor, quota: int
+    ) -> tuple[BlockCut, torch.Tensor]:
+        anatomy = self.stream.anatomy
+        signals = self.method.signals(anatomy) if quota else set()
+        readers = {signal: anatomy.by_signal[signal][0] for signal in sorted(signals)}
+        with gather_moments(module, readers) as moments:
+            out = self.stream.forward_block(layer, module, hidden)
+        weights = {name: module.get_parameter(f"{name}.weight").detach() for name in anatomy.denses}
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + layer)
+        block = Block(layer, anatomy, weights, moments, generator)
+        cut = self.method.cut(block, quota)
+        for named in (cut.inputs, cut.scales, cut.rows):
+            named.update({name: tensor.cpu() for name, tensor in named.items()})
+        return cut, out
+
+
+def masked_hidden(stream: Stream, plan: Plan, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Hidden state behind the last block of the original model with ``plan`` as zeros and scales.
+
+    This is the other way to compute what the written model computes; the two must agree.
+    """
+    hidden = stream.embed(tokens, dtype)
+    for cut in plan.blocks:
+        with stream.block(cut.source) as module:
+            masked = mask_block(_state(module), cut, dtype)
+            masked = {k: v.to(stream.device) for k, v in masked.items()}
+            module.load_state_dict(masked, assign=True)
+            hidden = stream.forward_block(cut.source, module, hidden)
+    return hidden
+
+
+def _state(module: torch.nn.Module) -> Tensors:
+    return {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}

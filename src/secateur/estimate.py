@@ -1,0 +1,109 @@
+"""How much memory and time a run will take, before it starts."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+
+import torch
+
+from secateur.anatomy import Anatomy
+from secateur.errors import MemoryLimitError, RecipeError
+from secateur.recipe import BYTE_UNITS, parse_amount
+from secateur.streaming import TOKENS_PER_CALL, TOKENS_PER_HEAD_CALL
+
+#: Python, torch and transformers themselves, measured on Linux; mapped library pages left out.
+BASE = 320 * 2**20
+#: Copies of the widest q x q float64 matrix that exist at once: second moment, G, ordered and
+#: damped G, Cholesky factor, inverse while ordering, one temporary.
+GRAM_COPIES = 7
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Peak memory in bytes by part, and seconds."""
+
+    parts: dict[str, int]
+    seconds: float
+
+    @property
+    def memory(self) -> int:
+        return sum(self.parts.values())
+
+    def text(self) -> str:
+        return (
+            f"estimate: {self.memory / 2**20:.0f} MiB of memory ("
+            + ", ".join(f"{name} {size / 2**20:.0f}" for name, size in self.parts.items())
+            + f"), about {self.seconds:.0f} s"
+        )
+
+
+def estimate(
+    anatomy: Anatomy,
+    signals: set[str],
+    *,
+    windows: int,
+    length: int,
+    hidden: int,
+    vocabulary: int,
+    passes: int,
+) -> Estimate:
+    """Estimate one run from counts of bytes and operations and a short measurement.
+
+    Args:
+        signals: signals whose second moments are gathered.
+        windows, length: of the calibration.
+        passes: forward passes over all blocks, the layer stage and trials included.
+    """
+    tokens = windows * length
+    batch = min(tokens, TOKENS_PER_CALL)
+    widths = {d.reads: d.inputs for d in anatomy.denses.values() if d.reads in signals}
+    widest = max(widths.values(), default=0)
+    ffn = anatomy.ffn_width
+    outside = 4 * anatomy.outside_parameters
+    logits = 4 * 3 * vocabulary * min(length, max(TOKENS_PER_HEAD_CALL, length))
+    block = 4 * 3 * anatomy.block_parameters
+    grams = 8 * sum(w * w for w in widths.values()) + 8 * (GRAM_COPIES - 1) * widest * widest
+    parts = {
+        "program": BASE,
+        "weights and matrices": max(block + grams, outside + logits),
+        "activations": 4 * batch * (3 * ffn + 6 * hidden) + 4 * tokens * hidden * 3,
+        "block boundaries": 4 * tokens * hidden * (anatomy.layers + 1),
+    }
+    forward = 2 * anatomy.decoder_parameters * tokens * passes
+    solve = anatomy.layers * sum(5 * w**3 for w in widths.values()) * max(1, passes - 1)
+    read = 4 * anatomy.parameters * passes / 1e9
+    return Estimate(parts, (forward + solve) / _matrix_rate() + read + 10)
+
+
+def check_memory(found: Estimate, limit: str | None) -> None:
+    """Refuse to start when the estimate is above ``limit`` (such as ``4GB``).
+
+    Raises:
+        MemoryLimitError: it is.
+        RecipeError: the limit cannot be read.
+    """
+    if limit is None:
+        return
+    if not re.search(r"[A-Za-z]", limit):
+        raise RecipeError(f"max-memory is {limit!r}: write a unit too, such as 4GB or 900MiB")
+    allowed = parse_amount(limit, BYTE_UNITS, "max-memory", "4GB")
+    if found.memory > allowed:
+        largest = max(found.parts, key=lambda name: found.parts[name])
+        raise MemoryLimitError(
+            f"the run is estimated at {found.memory / 2**20:.0f} MiB, --max-memory allows "
+            f"{allowed / 2**20:.0f} MiB; the largest part is {largest} "
+            f"({found.parts[largest] / 2**20:.0f} MiB): lower --samples or --length, or raise "
+            "--max-memory"
+        )
+
+
+def _matrix_rate() -> float:
+    """Operations per second of a float32 matrix product on this machine, measured briefly."""
+    a = torch.ones(512, 512)
+    a @ a
+    began = time.perf_counter()
+    for _ in range(5):
+        a @ a
+    return 5 * 2 * 512**3 / max(time.perf_counter() - began, 1e-6) / 2

@@ -1,0 +1,7 @@
+"""Pruning methods. One file each; importing it registers it (see CONTRIBUTING)."""
+
+from __future__ import annotations
+
+from secateur.methods.base import Block, Method, Quotas, get_method, method_names, register
+
+__all__ = ["Block", "Method", "Quotas", "get_method", "method_names", "register"]

@@ -1,0 +1,139 @@
+"""What a method is: options, the share of each block, and a pure step for one block."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel
+
+from secateur.anatomy import Anatomy
+from secateur.errors import RecipeError
+from secateur.plan import BlockCut
+from secateur.statistics import Moments
+
+Quotas = dict[int, int]
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a method sees of a block.
+
+    Attributes:
+        source: its number in the original model.
+        anatomy: of the model.
+        weights: weight of each linear layer by path, (p, q), float32.
+        moments: statistics of each signal that the method asked for.
+        generator: for methods that draw; seeded from the recipe's seed and the block's number.
+    """
+
+    source: int
+    anatomy: Anatomy
+    weights: dict[str, torch.Tensor]
+    moments: dict[str, Moments]
+    generator: torch.Generator
+
+
+class Method(ABC):
+    """A pruning method. It never opens a file, moves a device or prints.
+
+    Attributes:
+        name: what the user types.
+        summary: one line for ``--help`` and the docs.
+        Options: pydantic model of its own settings.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    Options: ClassVar[type[BaseModel]]
+
+    def __init__(self, options: BaseModel) -> None:
+        self.options: Any = options
+
+    @abstractmethod
+    def layer_counts(self, most: int) -> Sequence[int]:
+        """Numbers of whole blocks to try removing, none above ``most``; one means: no choice."""
+
+    @abstractmethod
+    def layer_importance(self, inputs: torch.Tensor, outputs: torch.Tensor) -> float:
+        """Importance of a block from what goes in and comes out, (windows, length, hidden)."""
+
+    @abstractmethod
+    def signals(self, anatomy: Anatomy) -> set[str]:
+        """Signals of which second moments are needed."""
+
+    @abstractmethod
+    def quotas(self, anatomy: Anatomy, importances: dict[int, float], total: int) -> Quotas:
+        """Parameters that each remaining block shall lose, ``total`` together.
+
+        Raises:
+            RecipeError: the blocks cannot lose that much.
+        """
+
+    @abstractmethod
+    def cut(self, block: Block, quota: int) -> BlockCut:
+        """Choose what stays of one block so that ``quota`` parameters go."""
+
+    @property
+    @abstractmethod
+    def identical_inputs(self) -> bool:
+        """Whether statistics come from the uncut model rather than from the cut prefix."""
+
+
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+def register(method: type[Method]) -> type[Method]:
+    """Class decorator that makes a method known by its name."""
+    _REGISTRY[method.name] = method
+    return method
+
+
+def _load_all() -> None:
+    import secateur.methods as package
+
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name != "base":
+            importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def method_names() -> list[str]:
+    """Names of all methods, sorted."""
+    _load_all()
+    return sorted(_REGISTRY)
+
+
+def get_method(name: str, options: dict[str, Any]) -> Method:
+    """The method called ``name`` with these options.
+
+    Raises:
+        RecipeError: no such method, or an option it does not have or allow.
+    """
+    from pydantic import ValidationError
+
+    names = method_names()
+    if name not in _REGISTRY:
+        raise RecipeError(f"method {name} is not known: choose one of {', '.join(names)}")
+    method = _REGISTRY[name]
+    try:
+        return method(method.Options(**options))
+    except ValidationError as error:
+        raise RecipeError(explain(error, f"option of method {name}", method.Options)) from error
+
+
+def explain(error: Any, what: str, model: type[BaseModel]) -> str:
+    """One line for the first thing pydantic found wrong."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "(whole)"
+    if first["type"] == "extra_forbidden":
+        allowed = ", ".join(sorted(model.model_fields))
+        return f"{what} {where} is not known: allowed are {allowed}"
+    got = first.get("input")
+    return f"{what} {where} is {got!r}: {first['msg']}"
+
+

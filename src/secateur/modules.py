@@ -1,0 +1,187 @@
+"""What a pruned model is made of at run time.
+
+A block whose layers have lost inputs or rows still has to speak with its neighbors in the old
+widths. :class:`SlicedLinear` does that: it gathers the inputs that were kept, multiplies by the
+smaller matrix, and scatters its rows back where somebody counts on their old places.
+
+Between the two marks below stands the code that is also shipped, word for word, as
+``modeling_secateur.py`` in a folder that stock transformers classes cannot hold. It may import
+torch and transformers only. :func:`modeling_file` writes that file from here, so that there is
+one source for both.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+# [shipped]
+import torch
+from torch import nn
+
+
+class SlicedLinear(nn.Module):
+    """A linear layer that reads some of its inputs and may write some of its outputs.
+
+    Args:
+        kept_in, full_in: inputs that are left (q'), and inputs as they come (q). Where the two
+            differ, ``in_index`` (q',) says which are read; the layer before may also have been
+            cut to exactly those, then both are q'.
+        kept_out, full_out: rows that are left (p') and rows as the next layer expects them (p).
+            Where they differ, ``out_index`` (p',) says where they go; the others are zero.
+        bias: whether there is a bias (p',).
+    """
+
+    def __init__(self, kept_in, full_in, kept_out, full_out, bias):
+        super().__init__()
+        self.in_features, self.out_features = full_in, full_out
+        self.weight = nn.Parameter(torch.empty(kept_out, kept_in))
+        self.bias = nn.Parameter(torch.empty(kept_out)) if bias else None
+        # Built on the CPU even where the parameters are not: a file fills them in afterwards.
+        self.register_buffer("in_index", _places(kept_in) if kept_in != full_in else None)
+        self.register_buffer("out_index", _places(kept_out) if kept_out != full_out else None)
+
+    def forward(self, x):
+        if self.in_index is not None:
+            x = x.index_select(-1, self.in_index)
+        y = nn.functional.linear(x, self.weight, self.bias)
+        if self.out_index is not None:
+            full = y.new_zeros(*y.shape[:-1], self.out_features)
+            y = full.index_copy(-1, self.out_index, y)
+        return y
+
+    def extra_repr(self):
+        p, q = self.weight.shape
+        return f"in {q} of {self.in_features}, out {p} of {self.out_features}"
+
+
+def _places(count):
+    return torch.zeros(count, dtype=torch.int64)
+
+
+def resize_blocks(model, blocks_path, shapes):
+    """Give every block of ``model`` the sizes in ``shapes``.
+
+    ``shapes`` has one dictionary a block: layer name to [kept_in, full_in, kept_out, full_out].
+    """
+    blocks = model.get_submodule(blocks_path)
+    if len(blocks) != len(shapes):
+        raise ValueError(f"config lists {len(shapes)} blocks, the model has {len(blocks)}")
+    for block, sizes in zip(blocks, shapes, strict=True):
+        for name, (kept_in, full_in, kept_out, full_out) in sizes.items():
+            parent, _, leaf = name.rpartition(".")
+            owner = block.get_submodule(parent)
+            old = getattr(owner, leaf)
+            if (kept_in, kept_out) == (full_in, full_out):
+                new = nn.Linear(
+                    kept_in, kept_out, bias=old.bias is not None,
+                    device=old.weight.device, dtype=old.weight.dtype,
+                )  # fmt: skip
+            else:
+                new = SlicedLinear(kept_in, full_in, kept_out, full_out, old.bias is not None)
+                new = new.to(old.weight.device, old.weight.dtype)
+            setattr(owner, leaf, new)
+
+
+# [/shipped]
+
+MODEL_TYPE_PREFIX = "secateur_"
+MODELING_FILE = "modeling_secateur.py"
+
+_HEADER = '''"""A language model with fewer weights than its family's class expects, made by Secateur.
+
+Open it with AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True). The config key
+"secateur" lists, for every block and linear layer, how many inputs and rows are left.
+"""
+
+'''
+
+_CLASSES = '''
+
+from transformers import {base_config}, {base_model}
+
+
+class Secateur{base_config}({base_config}):
+    model_type = "{model_type}"
+
+
+class Secateur{base_model}({base_model}):
+    config_class = Secateur{base_config}
+
+    def __init__(self, config):
+        super().__init__(config)
+        resize_blocks(self, config.secateur["blocks_path"], config.secateur["shapes"])
+'''
+
+
+def modeling_file(base_config: str, base_model: str) -> str:
+    """Source of the modelling file for a model whose family uses these transformers classes.
+
+    Args:
+        base_config: for example ``LlamaConfig``.
+        base_model: for example ``LlamaForCausalLM``.
+    """
+    shipped = Path(__file__).read_text(encoding="utf-8").split("# [shipped]\n")[1]
+    shipped = shipped.split("# [/shipped]\n")[0].rstrip() + "\n"
+    classes = _CLASSES.format(
+        base_config=base_config, base_model=base_model, model_type=pruned_type(base_config)
+    )
+    # Imports belong at the top of a file, also of a generated one.
+    lines = classes.strip("\n").split("\n")
+    head, body = lines[0], "\n".join(lines[1:]).lstrip("\n")
+    first, rest = shipped.split("\nfrom torch import nn\n", 1)
+    return f"{_HEADER}{first}\nfrom torch import nn\n{head}\n{rest}\n\n{body}\n"
+
+
+def pruned_type(base_config: str) -> str:
+    """The ``model_type`` of a pruned model: ``secateur_llama`` for ``LlamaConfig``."""
+    import transformers
+
+    return MODEL_TYPE_PREFIX + str(getattr(transformers, base_config).model_type)
+
+
+@lru_cache
+def pruned_classes(base_config: str, base_model: str) -> tuple[Any, Any]:
+    """The same two classes that the modelling file defines, for use inside this process."""
+    import transformers
+
+    config_base = getattr(transformers, base_config)
+    model_base = getattr(transformers, base_model)
+    config_class = type(
+        f"Secateur{base_config}", (config_base,), {"model_type": pruned_type(base_config)}
+    )
+
+    def __init__(self: Any, config: Any) -> None:
+        model_base.__init__(self, config)
+        resize_blocks(self, config.secateur["blocks_path"], config.secateur["shapes"])
+
+    model_class = type(
+        f"Secateur{base_model}", (model_base,), {"config_class": config_class, "__init__": __init__}
+    )
+    return config_class, model_class
+
+
+def pruned_config(raw: dict[str, Any]) -> Any:
+    """The config of one of our own outputs, from its JSON, without running its modelling file.
+
+    Raises:
+        SourceError: the JSON does not name transformers classes and block sizes as we write them.
+    """
+    import transformers
+
+    from secateur.errors import SourceError
+
+    try:
+        base_config, base_model = raw["secateur"]["base_config"], raw["secateur"]["base_model"]
+        if not (base_config.endswith("Config") and base_model.endswith("ForCausalLM")):
+            raise KeyError(base_model)
+        if not all(hasattr(transformers, name) for name in (base_config, base_model)):
+            raise KeyError(base_model)
+        config_class, _ = pruned_classes(base_config, base_model)
+        return config_class.from_dict(raw)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SourceError(
+            f"config.json says model_type {raw.get('model_type')} but its entry 'secateur' is "
+            f"damaged ({error}): write the model again with secateur prune"
+        ) from error

@@ -1,0 +1,1 @@
+"""Writers and the check of what they wrote. They take the plan and the tensors, nothing else."""

@@ -1,0 +1,72 @@
+"""The model card: what was asked, what was reached, how to open it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from secateur.plan import Plan
+
+
+def model_card(plan: Plan, record: dict[str, Any], *, source: str, stock: bool) -> str:
+    """Text of README.md for the output folder.
+
+    Args:
+        record: the content of ``secateur.json``.
+        source: what the user called the model.
+        stock: whether stock transformers classes open the folder.
+    """
+    before, after = plan.sizes_before(), plan.sizes()
+    header = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["secateur", "pruned", str(record["recipe"]["method"])],
+    }
+    if "/" in source and not Path(source).exists():
+        header["base_model"] = source
+    trust = "" if stock else ", trust_remote_code=True"
+    why = (
+        "Every block has the shapes of the stock class, so no extra code is needed."
+        if stock
+        else "Its blocks have different sizes, so the folder carries `modeling_secateur.py`, which "
+        "is what `trust_remote_code=True` allows to run."
+    )
+    recipe = yaml.safe_dump(record["recipe"], sort_keys=True, allow_unicode=True).rstrip()
+    return f"""---
+{yaml.safe_dump(header, sort_keys=False).rstrip()}
+---
+
+# {Path(source).stem or source}, pruned
+
+Made by Secateur {record["versions"]["secateur"]} without
+training.
+
+| | before | after | removed |
+|---|---|---|---|
+| parameters | {before.parameters:,} | {after.parameters:,} | {after.share_removed(before):.2%} |
+| in decoder blocks | {before.decoder:,} | {after.decoder:,} | {after.decoder_share_removed(before):.2%} |
+| blocks | {plan.anatomy.layers} | {len(plan.blocks)} | {len(plan.removed_layers)} |
+
+Asked was the removal of {record["asked"]["parameters_removed"]:,} parameters.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+
+{why}
+
+The recipe, with which the same command gives the same bytes:
+
+```yaml
+{recipe}
+```
+
+`secateur.json` holds sizes block by block, versions, and the hash of the calibration tokens;
+`secateur_plan.safetensors` holds the kept indices and the scales. The licence is that of the
+original model.
+"""

@@ -1,0 +1,127 @@
+"""A Hugging Face folder from a plan: stock classes where shapes allow it, else a modelling file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.checkpoint import Checkpoint
+from secateur.checkpoint.writer import write_bytes, write_json, write_tensors
+from secateur.modules import MODELING_FILE, modeling_file, pruned_type
+from secateur.plan import BlockCut, Plan, Tensors, slice_block
+
+INDEX = "model.safetensors.index.json"
+#: Files of the source that travel unchanged, besides those that are made anew.
+COPIED = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt",
+)  # fmt: skip
+
+
+def shard_name(number: int, blocks: int) -> str:
+    """File of the ``number``-th remaining block; number ``blocks`` holds what is outside them."""
+    return f"model-{number + 1:05d}-of-{blocks + 1:05d}.safetensors"
+
+
+def write_block(
+    folder: Path, plan: Plan, cut: BlockCut, state: Tensors, *, number: int, blocks: int,
+    dtype: torch.dtype,
+) -> str:  # fmt: skip
+    """Write one block as its own shard; return the SHA-256 of the file."""
+    prefix = f"{plan.anatomy.family.blocks}.{number}."
+    sliced = slice_block(state, plan, cut, dtype)
+    return write_tensors(
+        folder / shard_name(number, blocks), {prefix + k: v for k, v in sliced.items()}
+    )
+
+
+def write_outside(folder: Path, tensors: Tensors, *, blocks: int, dtype: torch.dtype) -> None:
+    """Write embeddings, final norm and head, and the index over all shards."""
+    cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    write_tensors(folder / shard_name(blocks, blocks), cast)
+    from secateur.checkpoint.safetensors_folder import read_header
+
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number in range(blocks + 1):
+        path = folder / shard_name(number, blocks)
+        for name, info in read_header(path).items():
+            weight_map[name] = path.name
+            total += info.nbytes
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_config(folder: Path, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> None:
+    """Write ``config.json`` and, where stock classes cannot hold the plan, the modelling file."""
+    write_json(folder / "config.json", make_config(checkpoint, plan, dtype))
+    if plan.uniform_ffn_width is None:
+        base_config, base_model = base_classes(checkpoint)
+        source = modeling_file(base_config, base_model)
+        write_bytes(folder / MODELING_FILE, source.encode())
+
+
+def base_classes(checkpoint: Checkpoint) -> tuple[str, str]:
+    """Names of the transformers classes of the source: ``LlamaConfig``, ``LlamaForCausalLM``."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    config = checkpoint.config
+    return type(config).__name__, str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
+
+
+def make_config(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
+    """The config of the pruned model as JSON values."""
+    family = plan.anatomy.family
+    config = json.loads(json.dumps(checkpoint.config.to_dict(), default=str))
+    for key in ("quantization_config", "_name_or_path", "auto_map"):
+        config.pop(key, None)
+    kept = plan.kept_layers
+    config["num_hidden_layers"] = len(kept)
+    for key in family.per_layer:
+        if isinstance(config.get(key), list):
+            config[key] = [config[key][i] for i in kept]
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config["torch_dtype"] = config["dtype"]  # the older spelling, for older readers
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        # transformers 4 reads only these two keys, and without them silently takes theta 10000.
+        config["rope_theta"] = rope["rope_theta"]
+        plain = rope.get("rope_type", "default") == "default"
+        config["rope_scaling"] = None if plain else rope
+    base_config, base_model = base_classes(checkpoint)
+    width = plan.uniform_ffn_width
+    if width is not None:
+        config[family.ffn_width] = width
+        config["architectures"] = [base_model]
+        return config
+    config["model_type"] = pruned_type(base_config)
+    config["architectures"] = [f"Secateur{base_model}"]
+    module = MODELING_FILE.removesuffix(".py")
+    config["auto_map"] = {
+        "AutoConfig": f"{module}.Secateur{base_config}",
+        "AutoModelForCausalLM": f"{module}.Secateur{base_model}",
+    }
+    config["secateur"] = {
+        "base_config": base_config,
+        "base_model": base_model,
+        "blocks_path": family.blocks,
+        "shapes": [plan.shapes(cut) for cut in plan.blocks],
+    }
+    return config
+
+
+def copy_companions(folder: Path, checkpoint: Checkpoint) -> None:
+    """Tokenizer, chat template, generation config and licence, as they are in the source."""
+    for name in COPIED:
+        path = checkpoint.folder / name
+        if path.is_file():
+            shutil.copyfile(path, folder / name)
+    if not (folder / "generation_config.json").exists():
+        from transformers import GenerationConfig
+
+        GenerationConfig.from_model_config(checkpoint.config).save_pretrained(folder)

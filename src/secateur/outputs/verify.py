@@ -1,0 +1,103 @@
+"""The definition of done: reopen in a fresh process, compare with the plan applied as zeros."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from secateur.calibration import encode, load_text
+from secateur.engine import masked_hidden
+from secateur.errors import VerifyError
+from secateur.plan import Plan
+from secateur.streaming import Stream
+
+#: Largest difference allowed, as a share of the largest logit: float32 noise of deep sums.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What the fresh process found.
+
+    Attributes:
+        max_difference: largest difference of a logit.
+        max_logit: largest logit, for scale.
+        model_class: class that transformers opened the folder with.
+        parameters: its number of parameters.
+    """
+
+    max_difference: float
+    max_logit: float
+    model_class: str
+    parameters: int
+
+    def text(self) -> str:
+        return (
+            f"reopened in a fresh process as {self.model_class}: largest logit difference "
+            f"{self.max_difference:.2e} (logits up to {self.max_logit:.1f})"
+        )
+
+
+def verify_folder(folder: Path, stream: Stream, plan: Plan, dtype: torch.dtype) -> Verification:
+    """Open ``folder`` in a fresh process and compare it with the masked original.
+
+    Raises:
+        VerifyError: it does not open, weights are missing, or logits differ.
+    """
+    tokens = _tokens(stream)
+    logits: list[torch.Tensor] = []
+    hidden = masked_hidden(stream, plan, tokens, dtype)
+    stream.head(hidden, tokens, lambda _, window: logits.append(window.cpu()), dtype=dtype)
+    with tempfile.TemporaryDirectory(prefix="secateur-verify-") as temporary:
+        from safetensors.torch import save_file
+
+        reference = Path(temporary) / "reference.safetensors"
+        save_file({"tokens": tokens, "logits": torch.stack(logits)}, reference)
+        # The shipped modelling file is copied by transformers; not into the user's cache.
+        environment = {**os.environ, "HF_MODULES_CACHE": temporary, "HF_HUB_OFFLINE": "1"}
+        run = subprocess.run(
+            [sys.executable, "-m", "secateur.outputs.reopen", str(folder), str(reference)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=False,
+        )
+    if run.returncode != 0:
+        reason = (run.stderr.strip().splitlines() or ["no output"])[-1]
+        raise VerifyError(f"the written model {folder} does not open in a fresh process: {reason}")
+    found = json.loads(run.stdout.strip().splitlines()[-1])
+    if found["missing"] or found["unexpected"]:
+        raise VerifyError(
+            f"the written model {folder} opens, but transformers misses {found['missing'][:3]} and "
+            f"does not expect {found['unexpected'][:3]}"
+        )
+    worst = max(found["max_difference"], found["cache_gap"])
+    if not worst <= TOLERANCE * max(1.0, found["max_logit"]):
+        raise VerifyError(
+            f"the written model {folder} computes something else than its plan: logits differ by "
+            f"{found['max_difference']:.3g}, cached generation by {found['cache_gap']:.3g} "
+            f"(largest logit {found['max_logit']:.3g})"
+        )
+    if found["parameters"] != plan.sizes().parameters:
+        raise VerifyError(
+            f"the written model {folder} has {found['parameters']:,} parameters, its plan says "
+            f"{plan.sizes().parameters:,}"
+        )
+    return Verification(
+        found["max_difference"], found["max_logit"], found["model_class"], found["parameters"]
+    )
+
+
+def _tokens(stream: Stream) -> torch.Tensor:
+    """Two windows of up to 48 tokens of the evaluation passages."""
+    text = load_text("builtin", use="evaluation")
+    pieces = [encode(stream.checkpoint.tokenizer, t)[:48] for t in text.documents[:2]]
+    length = min(len(piece) for piece in pieces)
+    return torch.stack([piece[:length] for piece in pieces])

@@ -1,0 +1,148 @@
+"""Signs of life: stage, block, elapsed, remaining, memory. Plain lines when not on a terminal."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TextIO
+
+#: Without a terminal, a stage says something at most this often, in seconds.
+PLAIN_INTERVAL = 10.0
+
+
+def process_memory() -> int:
+    """Resident memory of this process less the pages of mapped files, in bytes."""
+    import psutil
+
+    info = psutil.Process().memory_info()
+    return int(info.rss - getattr(info, "shared", 0))
+
+
+@dataclass
+class PeakMemory:
+    """Samples :func:`process_memory` in a thread; ``peak`` is the largest value seen, in bytes."""
+
+    interval: float = 0.02
+    peak: int = 0
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        return self
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self.peak = max(self.peak, process_memory())
+            self._stop.wait(self.interval)
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.peak = max(self.peak, process_memory())
+
+
+class Progress:
+    """Shows long work. The base class shows nothing, which is what a library call wants.
+
+    Attributes:
+        seconds: time spent in each stage.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._stage = ""
+        self._total = 0
+        self._done = 0
+        self._began = time.monotonic()
+
+    def stage(self, name: str, total: int) -> None:
+        """Begin a stage of ``total`` steps."""
+        self.finish()
+        self._stage, self._total, self._done = name, total, 0
+        self._began = time.monotonic()
+        self._show("")
+
+    def step(self, detail: str = "") -> None:
+        """One step of the stage is done."""
+        self._done += 1
+        self._show(detail)
+
+    def finish(self) -> None:
+        """The last stage is done."""
+        if self._stage:
+            spent = time.monotonic() - self._began
+            self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + spent
+            self._show("", last=True)
+            self._stage = ""
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+
+    def _show(self, detail: str, last: bool = False) -> None:
+        pass
+
+    def _line(self, detail: str) -> str:
+        spent = time.monotonic() - self._began
+        parts = [f"{self._stage} {self._done}/{self._total}", f"{spent:.0f} s"]
+        if 0 < self._done < self._total:
+            parts.append(f"{spent / self._done * (self._total - self._done):.0f} s left")
+        parts.append(f"{process_memory() / 2**20:.0f} MiB")
+        if detail:
+            parts.append(detail)
+        return "  ".join(parts)
+
+
+class PlainProgress(Progress):
+    """Lines of text, for logs."""
+
+    def __init__(self, file: TextIO | None = None, interval: float = PLAIN_INTERVAL) -> None:
+        super().__init__()
+        self._file = file or sys.stderr
+        self._interval = interval
+        self._last = 0.0
+
+    def note(self, text: str) -> None:
+        print(text, file=self._file, flush=True)
+
+    def _show(self, detail: str, last: bool = False) -> None:
+        now = time.monotonic()
+        if last or now - self._last >= self._interval:
+            self._last = now
+            print(self._line(detail), file=self._file, flush=True)
+
+
+class LiveProgress(Progress):
+    """One line of a terminal that is written over and over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from rich.console import Console
+        from rich.status import Status
+
+        self._console = Console(stderr=True)
+        self._make: Callable[[], Status] = lambda: Status("", console=self._console)
+        self._status: Status | None = None
+
+    def note(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False)
+
+    def _show(self, detail: str, last: bool = False) -> None:
+        from rich.text import Text
+
+        if self._status is None:
+            self._status = self._make()
+            self._status.start()
+        self._status.update(Text(self._line(detail)))
+        if last:
+            self._status.stop()
+            self._status = None
+            self.note(self._line(detail))
+
+
+def for_terminal() -> Progress:
+    """A live line on a terminal, plain lines elsewhere."""
+    return LiveProgress() if sys.stderr.isatty() else PlainProgress()

@@ -1,0 +1,200 @@
+"""What the user asked for. Field texts here are also the command line's help."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from secateur.errors import RecipeError
+
+PARAMETER_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+BYTE_UNITS = {
+    "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
+
+
+class CalibrationSpec(BaseModel):
+    """Which text the statistics are taken from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str = Field(
+        "builtin",
+        description="builtin, a text or JSONL file, or a name: c4, wikitext2, ptb, alpaca",
+    )
+    samples: int = Field(10, ge=2, description="windows of calibration text")
+    length: int = Field(128, ge=8, description="tokens a window; never the model's maximum")
+    text_field: str = Field("text", description="key of the text in a JSONL file")
+    data_dir: str | None = Field(
+        None, description="folder with local copies of the named sets; else they are fetched"
+    )
+
+
+class Recipe(BaseModel):
+    """Everything that decides the bytes of the output, besides the model itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    remove: str | None = Field(
+        None, description="share of the parameters to remove, with a percent sign: 20%"
+    )
+    params: str | None = Field(None, description="parameters to be left: 5.4B, 100M")
+    size: str | None = Field(None, description="bytes of weights to be left: 300MB, 1.5GiB")
+    of: Literal["model", "decoder"] = Field(
+        "model", description="what --remove is a share of: all parameters, or the decoder blocks"
+    )
+    method: str = Field("comp", description="pruning method")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="settings of the method; see its page in docs/"
+    )
+    calibration: CalibrationSpec = Field(default_factory=lambda: CalibrationSpec())
+    seed: int = Field(0, ge=0, description="seed of everything that is drawn")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="type of the written weights; auto: as in the source"
+    )
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Recipe:
+        given = [name for name in ("remove", "params", "size") if getattr(self, name) is not None]
+        if len(given) != 1:
+            said = " and ".join(f"--{name}" for name in given) or "none of them"
+            raise ValueError(f"give exactly one of --remove, --params and --size, not {said}")
+        if self.of == "decoder" and self.remove is None:
+            raise ValueError("--of decoder goes with --remove")
+        return self
+
+
+def make_recipe(**fields: Any) -> Recipe:
+    """A checked recipe.
+
+    Raises:
+        RecipeError: with one line that names the field.
+    """
+    try:
+        recipe = Recipe(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = CalibrationSpec if where.startswith("calibration.") else Recipe
+            raise RecipeError(
+                f"recipe field {where} is not known: allowed are {', '.join(known.model_fields)}"
+            ) from error
+        text = first["msg"].removeprefix("Value error, ")
+        raise RecipeError(
+            f"recipe field {where} is {first.get('input')!r}: {text}" if where else text
+        ) from error
+    if recipe.remove is not None:
+        parse_share(recipe.remove)
+    return recipe
+
+
+def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
+    """Read a recipe from YAML; fields given here replace those in the file.
+
+    Raises:
+        RecipeError: no such file, not YAML, unknown or wrong fields.
+    """
+    import yaml
+
+    file = Path(path).expanduser()
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"recipe {path} does not exist") from error
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"recipe {path} cannot be read as YAML: {reason}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"recipe {path} is not a list of fields such as 'remove: 20%'")
+    calibration = raw.get("calibration") or {}
+    if isinstance(calibration, dict):
+        calibration = {**calibration, **overrides.pop("calibration", {})}
+    options = raw.get("options") or {}
+    if isinstance(options, dict):
+        options = {**options, **overrides.pop("options", {})}
+    if any(overrides.get(name) is not None for name in ("remove", "params", "size")):
+        raw = {k: v for k, v in raw.items() if k not in ("remove", "params", "size")}
+    merged = {**raw, **overrides, "calibration": calibration, "options": options}
+    return make_recipe(**merged)
+
+
+def parse_share(text: str) -> float:
+    """``"20%"`` as 0.2.
+
+    Raises:
+        RecipeError: not a number with a percent sign, or not between 0 and 100.
+    """
+    match = re.fullmatch(r"\s*([+-]?\d+(?:\.\d+)?)\s*(%?)\s*", text)
+    if not match:
+        raise RecipeError(f"remove is {text!r}: write a share with a percent sign, such as 20%")
+    if not match[2]:
+        raise RecipeError(
+            f"remove is {text!r}: is it {match[1]}% or {match[1]} parameters? Write --remove 20% "
+            "for a share, or --params 100M for what is to be left"
+        )
+    value = float(match[1])
+    if not 0 < value < 100:
+        raise RecipeError(f"remove is {text!r}: the share must be above 0% and below 100%")
+    return value / 100
+
+
+def parse_amount(text: str, units: dict[str, int], field: str, example: str) -> int:
+    """``"5.4B"`` or ``"300MB"`` as a whole number.
+
+    Raises:
+        RecipeError: no number, an unknown unit, or nothing left.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in units:
+        raise RecipeError(
+            f"{field} is {text!r}: write a number with one of the units "
+            f"{', '.join(u for u in units if u)}, such as {example}"
+        )
+    value = int(float(match[1]) * units[match[2].upper()])
+    if value <= 0:
+        raise RecipeError(f"{field} is {text!r}: it must be above 0")
+    return value
+
+
+def parameters_to_remove(
+    recipe: Recipe, *, parameters: int, decoder: int, bytes_each: int
+) -> int:
+    """How many parameters must go to reach the recipe's target.
+
+    Args:
+        parameters, decoder: of the model and of its decoder blocks.
+        bytes_each: of one written parameter.
+
+    Raises:
+        RecipeError: nothing, or more than the decoder has, would go.
+    """
+    if recipe.remove is not None:
+        share = parse_share(recipe.remove)
+        gone = round(share * (decoder if recipe.of == "decoder" else parameters))
+        asked = f"--remove {recipe.remove}"
+    elif recipe.params is not None:
+        gone = parameters - parse_amount(recipe.params, PARAMETER_UNITS, "params", "5.4B")
+        asked = f"--params {recipe.params}"
+    else:
+        assert recipe.size is not None
+        wanted = parse_amount(recipe.size, BYTE_UNITS, "size", "300MB")
+        gone = parameters - wanted // bytes_each
+        asked = f"--size {recipe.size}"
+    if gone <= 0:
+        raise RecipeError(
+            f"{asked} removes nothing: the model has {parameters:,} parameters "
+            f"({parameters * bytes_each:,} bytes at {bytes_each} bytes each)"
+        )
+    if gone >= decoder:
+        most = math.floor(100 * decoder / (decoder if recipe.of == "decoder" else parameters))
+        raise RecipeError(
+            f"{asked} would remove {gone:,} parameters, but the decoder blocks hold only "
+            f"{decoder:,} of {parameters:,}: ask for clearly less than {most}%"
+        )
+    return gone

@@ -1,0 +1,1 @@
+"""The mathematics shared by methods. Nothing here knows of models or files."""

@@ -1,0 +1,122 @@
+"""Sharing out a budget: among blocks by importance, within a block by a common threshold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+def share_out(
+    total: int, weights: Mapping[int, float], capacity: Mapping[int, int]
+) -> dict[int, int]:
+    """Split ``total`` in proportion to ``weights``, none above its ``capacity``.
+
+    COMP's Eq. 10 with its gap filled: what a block cannot take goes to the others in the same
+    proportion, until nobody is over (water-filling). The parts are whole and sum to ``total``.
+
+    Args:
+        total: parameters to remove.
+        weights: positive weight of each block.
+        capacity: most that each block can lose.
+
+    Raises:
+        ValueError: the capacities together are below ``total``.
+    """
+    if total > sum(capacity[i] for i in weights):
+        raise ValueError("the budget is above what the blocks can lose")
+    exact: dict[int, float] = {}
+    free = dict(weights)
+    left = float(total)
+    while free:
+        scale = left / sum(free.values())
+        full = [i for i, w in free.items() if w * scale >= capacity[i]]
+        if not full:
+            exact |= {i: w * scale for i, w in free.items()}
+            break
+        for i in full:
+            exact[i] = float(capacity[i])
+            left -= capacity[i]
+            del free[i]
+        left = max(left, 0.0)
+    parts = {i: math.floor(v) for i, v in exact.items()}
+    # Largest remainders get the parameters lost by rounding down; ties by position.
+    for i in sorted(exact, key=lambda i: (parts[i] - exact[i], i))[: total - sum(parts.values())]:
+        parts[i] += 1
+    return {i: parts[i] for i in weights}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values of a stopping rule at rising numbers of removed inputs.
+
+    Attributes:
+        counts: numbers of removed inputs, rising, the first 0.
+        values: the rule's value at each, the first 0.
+    """
+
+    counts: Sequence[int]
+    values: Sequence[float]
+
+    def stop(self, threshold: float) -> int:
+        """Place of the first count whose value reaches ``threshold``; the last if none does."""
+        for place, value in enumerate(self.values):
+            if value >= threshold:
+                return place
+        return len(self.values) - 1
+
+
+def threshold_search(
+    curves: Mapping[str, Curve], removed: Callable[[Mapping[str, int]], int], quota: int
+) -> tuple[dict[str, int], float]:
+    """COMP's Algorithm 1: raise a common threshold until the layer's share is met.
+
+    Every linear layer removes inputs until its value reaches the threshold. The threshold then
+    rises by the smallest step that moves any of them, which is what arbitrarily fine steps would
+    do. In the last step the layer that moved is clipped so that the quota is met exactly, up to one
+    input.
+
+    Args:
+        curves: stopping rule of each linear layer.
+        removed: parameters gone for given numbers of removed inputs.
+        quota: parameters that must go.
+
+    Returns:
+        numbers of removed inputs by layer, and the last threshold.
+    """
+    places = dict.fromkeys(curves, 0)
+    counts = {name: curve.counts[0] for name, curve in curves.items()}
+    threshold = 0.0
+    while removed(counts) < quota:
+        movable = [n for n, c in curves.items() if places[n] < len(c.counts) - 1]
+        if not movable:
+            break
+        threshold = math.nextafter(min(curves[n].values[places[n]] for n in movable), math.inf)
+        for name in movable:
+            before = counts[name]
+            places[name] = curves[name].stop(threshold)
+            counts[name] = curves[name].counts[places[name]]
+            if removed(counts) >= quota:
+                counts[name] = _clip(counts, name, before, removed, quota)
+                return counts, threshold
+    return counts, threshold
+
+
+def _clip(
+    counts: dict[str, int],
+    name: str,
+    low: int,
+    removed: Callable[[Mapping[str, int]], int],
+    quota: int,
+) -> int:
+    """The count of ``name`` at which the quota is met most closely."""
+    high = counts[name]
+    while high - low > 1:
+        middle = (low + high) // 2
+        if removed({**counts, name: middle}) >= quota:
+            high = middle
+        else:
+            low = middle
+    over = removed({**counts, name: high}) - quota
+    under = quota - removed({**counts, name: low})
+    return low if under < over else high

@@ -1,0 +1,340 @@
+"""Running a model with the weights of one block in memory.
+
+The real transformers classes do the work: a skeleton of the model stands on the meta device, the
+weights of one block are put into it, the block runs, the weights go. Masks, position embeddings
+and whatever else the model hands to its blocks are recorded while the model itself calls them, for
+every block separately, since a model may mix kinds of attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.anatomy import Anatomy, describe
+from secateur.checkpoint import Checkpoint
+from secateur.errors import SourceError
+
+#: Tokens that pass a block in one call. Bounds the FFN's activations to a few tens of MB.
+TOKENS_PER_CALL = 4096
+#: Tokens whose logits exist at once: a 128k vocabulary in float32 is half a megabyte a token.
+TOKENS_PER_HEAD_CALL = 512
+
+
+class _Recorded(Exception):
+    """Raised by the recorder behind the last block, to leave the model's forward early."""
+
+
+class _Recorder(nn.Module):
+    """Stands for a block while the model runs, and notes how the model calls it."""
+
+    def __init__(self, block: nn.Module, calls: list[dict[str, Any]], last: bool) -> None:
+        super().__init__()
+        self._block = [block]  # in a list, so that it is not registered as a submodule
+        self._calls = calls
+        self._last = last
+        self.hidden: torch.Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"][0], name)
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args:
+            raise SourceError("this model hands positional arguments to its blocks; please report")
+        self._calls.append(kwargs)
+        self.hidden = hidden
+        if self._last:
+            raise _Recorded
+        return hidden
+
+
+class _Feeder(nn.Module):
+    """Stands for all blocks while the model's end runs: gives back what is to be normed."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, _: torch.Tensor, **__: Any) -> torch.Tensor:
+        return self.hidden
+
+
+class Stream:
+    """A model of which one block is in memory at a time.
+
+    Args:
+        checkpoint: the opened model.
+        device: where blocks run.
+        dtype: type in which they run; float32 unless you know why not.
+
+    Raises:
+        SourceError: config and tensors disagree.
+        FamilyError: the family is not described.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.model = build_skeleton(checkpoint)
+        self.anatomy: Anatomy = describe(self.model)
+        self._blocks: nn.ModuleList = self.model.get_submodule(self.anatomy.family.blocks)
+        self._prefix = self.anatomy.family.blocks + "."
+        self._names = _bind(checkpoint, self.model)
+        self._calls: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._materialize_buffers(self.model)
+
+    # ---- the parts ---------------------------------------------------------------------------
+
+    def read_block(self, index: int, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """Parameters and persistent buffers of one block by their name inside it."""
+        prefix = f"{self._prefix}{index}."
+        return {
+            name.removeprefix(prefix): self.checkpoint.read(stored, dtype)
+            for name, stored in self._names.items()
+            if name.startswith(prefix)
+        }
+
+    def read_outside(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+        """Everything that is not in a block: embeddings, final norm, head; tied ones once."""
+        return {
+            name: self.checkpoint.read(stored, dtype)
+            for name, stored in self._names.items()
+            if not name.startswith(self._prefix)
+        }
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """The block with its weights, float as ``dtype``, on ``device``; they go at the end."""
+        module = self._blocks[index]
+        state = {k: v.to(self.device) for k, v in self.read_block(index, self.dtype).items()}
+        module.load_state_dict(state, strict=True, assign=True)
+        del state
+        try:
+            yield module
+        finally:
+            _drop_weights(module)
+
+    @contextmanager
+    def _outside(self, rounded: torch.dtype | None) -> Iterator[None]:
+        """The parts outside the blocks, in memory."""
+        state = {
+            name: tensor.to(self.device, self.dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in self.read_outside(rounded).items()
+        }
+        self.model.load_state_dict(state, strict=False, assign=True)
+        for target, origin in self.model.all_tied_weights_keys.items():
+            if target not in state and origin in state:
+                _assign(self.model, target, self.model.get_parameter(origin))
+        del state
+        try:
+            yield
+        finally:
+            for name, child in self.model.named_modules():
+                if not name.startswith(self._prefix):
+                    _drop_weights(child, recurse=False)
+
+    # ---- running -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def embed(self, tokens: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """What goes into the first block.
+
+        Args:
+            tokens: (windows, length) of token ids.
+            dtype: round the weights to this type first, as a file of that type would.
+
+        Returns:
+            (windows, length, hidden), on ``device``.
+        """
+        parts = []
+        with self._outside(dtype):
+            for batch in tokens.split(self._windows_per_call(tokens.shape[1])):
+                calls: list[dict[str, Any]] = []
+                recorders = [
+                    _Recorder(block, calls, last=i == len(self._blocks) - 1)
+                    for i, block in enumerate(self._blocks)
+                ]
+                with self._blocks_replaced(recorders):
+                    try:
+                        self.model(input_ids=batch.to(self.device), use_cache=False)
+                    except _Recorded:
+                        pass
+                self._calls.setdefault((batch.shape[0], batch.shape[1]), calls)
+                hidden = recorders[0].hidden
+                assert hidden is not None
+                parts.append(hidden)
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def forward_block(self, index: int, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Pass ``hidden`` (windows, length, hidden) through ``block``, which stands at ``index``.
+
+        :meth:`embed` must have seen windows of this length before, since it is there that the
+        arguments of the blocks are recorded.
+        """
+        parts = []
+        for batch in hidden.split(self._windows_per_call(hidden.shape[1])):
+            kwargs = self._calls[batch.shape[0], batch.shape[1]][index]
+            out = block(batch, **kwargs)
+            parts.append(out[0] if isinstance(out, tuple) else out)
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def head(
+        self,
+        hidden: torch.Tensor,
+        tokens: torch.Tensor,
+        use: Callable[[int, torch.Tensor], None],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Run final norm and head over ``hidden`` and hand the logits on, window by window.
+
+        Args:
+            hidden: (windows, length, hidden), behind the last block.
+            tokens: (windows, length), only for the shapes that the model wants to see.
+            use: called with the window's number and its logits (length, vocabulary), float32.
+            dtype: round the weights to this type first, as a file of that type would.
+        """
+        per_call = max(1, TOKENS_PER_HEAD_CALL // tokens.shape[1])
+        with self._outside(dtype):
+            for start in range(0, len(tokens), per_call):
+                piece = hidden[start : start + per_call]
+                feeders = [_Feeder(piece)]
+                with self._blocks_replaced(feeders):
+                    logits = self.model(
+                        input_ids=tokens[start : start + per_call].to(self.device), use_cache=False
+                    ).logits
+                for offset in range(len(piece)):
+                    use(start + offset, logits[offset].float())
+
+    def losses(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Summed next-token negative log likelihood of each window, float64, (windows,)."""
+        sums = torch.zeros(len(tokens), dtype=torch.float64)
+
+        def add(window: int, logits: torch.Tensor) -> None:
+            targets = tokens[window, 1:].to(logits.device)
+            loss = nn.functional.cross_entropy(logits[:-1], targets, reduction="none")
+            sums[window] = loss.double().sum().cpu()
+
+        self.head(hidden, tokens, add)
+        return sums
+
+    # ---- inside ------------------------------------------------------------------------------
+
+    def _windows_per_call(self, length: int) -> int:
+        return max(1, TOKENS_PER_CALL // length)
+
+    @contextmanager
+    def _blocks_replaced(self, stand_ins: list[Any]) -> Iterator[None]:
+        """Run the model with other modules in the place of its blocks."""
+        parent_path, _, leaf = self.anatomy.family.blocks.rpartition(".")
+        parent = self.model.get_submodule(parent_path)
+        setattr(parent, leaf, nn.ModuleList(stand_ins))
+        try:
+            yield
+        finally:
+            setattr(parent, leaf, self._blocks)
+
+    def _materialize_buffers(self, model: Any) -> None:
+        """Give buffers that no file holds (rotary frequencies) their values on the device."""
+        for module in model.modules():
+            absent = [
+                name
+                for name, buffer in module.named_buffers(recurse=False)
+                if buffer is not None
+                and buffer.is_meta
+                and name in module._non_persistent_buffers_set
+            ]
+            for name in absent:
+                module.register_buffer(
+                    name,
+                    torch.empty_like(module.get_buffer(name), device=self.device),
+                    persistent=False,
+                )
+            if absent:
+                model._init_weights(module)
+
+
+def build_skeleton(checkpoint: Checkpoint) -> Any:
+    """The transformers model of ``checkpoint`` on the meta device: shapes, no values.
+
+    Raises:
+        SourceError: transformers has no causal language model for this config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from secateur.modules import MODEL_TYPE_PREFIX, pruned_classes
+
+    config = checkpoint.config
+    with torch.device("meta"):
+        if str(config.model_type).startswith(MODEL_TYPE_PREFIX):
+            _, model_class = pruned_classes(
+                config.secateur["base_config"], config.secateur["base_model"]
+            )
+            return model_class(config).eval()
+        try:
+            model = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=checkpoint.trust_remote_code
+            )
+        except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+            text = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise SourceError(
+                f"source {checkpoint.source} (model_type {config.model_type}) cannot be built as a "
+                f"causal language model: {text}"
+            ) from error
+    return model.eval()
+
+
+def _bind(checkpoint: Checkpoint, skeleton: Any) -> dict[str, str]:
+    """Name in the model -> name in the file, checked for presence and shape."""
+    wanted = dict(skeleton.named_parameters())  # tied parameters appear once, under one name
+    persistent = set(skeleton.state_dict())
+    wanted |= {n: b for n, b in skeleton.named_buffers() if n in persistent}
+    tied = skeleton.all_tied_weights_keys
+    names = checkpoint.skeleton_names([*wanted, *tied], skeleton)
+    for target, origin in tied.items():
+        if origin not in names and target in names:  # stored under its other name
+            names[origin] = names[target]
+        names.pop(target, None)
+        wanted.pop(target, None)
+    for name, parameter in wanted.items():
+        if name not in names:
+            raise SourceError(
+                f"config and weights of {checkpoint.source} disagree: the config asks for a tensor "
+                f"{name} of shape {list(parameter.shape)}, which no file holds"
+            )
+        stored = checkpoint.tensors[names[name]]
+        if tuple(parameter.shape) != stored.shape:
+            raise SourceError(
+                f"config and weights of {checkpoint.source} disagree: tensor {names[name]} has "
+                f"shape {list(stored.shape)}, the config asks for {list(parameter.shape)}"
+            )
+    return names
+
+
+def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, parameter)
+
+
+def _drop_weights(module: nn.Module, recurse: bool = True) -> None:
+    """Put parameters and stored buffers back on the meta device."""
+    for child in module.modules() if recurse else [module]:
+        for name, parameter in child.named_parameters(recurse=False):
+            setattr(child, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
+        for name, buffer in child.named_buffers(recurse=False):
+            if name not in child._non_persistent_buffers_set:
+                setattr(child, name, buffer.to("meta"))
