@@ -1,2 +1,64 @@
-"""Secateur."""
-__version__ = "0.1.0"
+"""Secateur makes a language model smaller, on the machine at hand, without training it.
+
+>>> import secateur
+>>> recipe = secateur.Recipe(remove="20%")
+>>> result = secateur.prune("path/to/model", "path/to/output", recipe)   # doctest: +SKIP
+>>> secateur.evaluate(result.out).value                                  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from secateur.errors import SecateurError
+
+if TYPE_CHECKING:
+    from secateur.checkpoint import open_checkpoint as open_model
+    from secateur.evaluation import evaluate
+    from secateur.pipeline import make_plan as plan
+    from secateur.pipeline import prune
+    from secateur.plans import Plan
+    from secateur.recipe import Recipe, load_recipe
+
+try:
+    __version__ = version("secateur")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"
+
+#: Where each public name lives. They are imported when first used: torch takes a second.
+_HOMES = {
+    "Plan": ("secateur.plans", "Plan"),
+    "Recipe": ("secateur.recipe", "Recipe"),
+    "evaluate": ("secateur.evaluation", "evaluate"),
+    "load_recipe": ("secateur.recipe", "load_recipe"),
+    "open_model": ("secateur.checkpoint", "open_checkpoint"),
+    "plan": ("secateur.pipeline", "make_plan"),
+    "prune": ("secateur.pipeline", "prune"),
+}
+
+__all__ = [
+    "Plan",
+    "Recipe",
+    "SecateurError",
+    "evaluate",
+    "load_recipe",
+    "open_model",
+    "plan",
+    "prune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'secateur' has no attribute {name!r}")
+    from importlib import import_module
+
+    module, attribute = _HOMES[name]
+    value = getattr(import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

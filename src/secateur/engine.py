@@ -16,7 +16,7 @@ import torch
 from secateur.boundaries import Boundaries
 from secateur.errors import RecipeError
 from secateur.methods import Block, Method, Quotas
-from secateur.plan import BlockCut, Plan, Tensors, mask_block
+from secateur.plans import BlockCut, Plan, Tensors, mask_block
 from secateur.progress import Progress
 from secateur.statistics import gather_moments
 from secateur.streaming import Stream
@@ -242,7 +242,9 @@ class Engine:
         return cut, out
 
 
-def masked_hidden(stream: Stream, plan: Plan, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def masked_hidden(
+    stream: Stream, plan: Plan, tokens: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     """Hidden state behind the last block of the original model with ``plan`` as zeros and scales.
 
     This is the other way to compute what the written model computes; the two must agree.

@@ -33,16 +33,20 @@ class SlicedLinear(nn.Module):
         bias: whether there is a bias (p',).
     """
 
-    def __init__(self, kept_in, full_in, kept_out, full_out, bias):
+    def __init__(
+        self, kept_in: int, full_in: int, kept_out: int, full_out: int, bias: bool
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = full_in, full_out
         self.weight = nn.Parameter(torch.empty(kept_out, kept_in))
         self.bias = nn.Parameter(torch.empty(kept_out)) if bias else None
         # Built on the CPU even where the parameters are not: a file fills them in afterwards.
+        self.in_index: torch.Tensor | None
+        self.out_index: torch.Tensor | None
         self.register_buffer("in_index", _places(kept_in) if kept_in != full_in else None)
         self.register_buffer("out_index", _places(kept_out) if kept_out != full_out else None)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.in_index is not None:
             x = x.index_select(-1, self.in_index)
         y = nn.functional.linear(x, self.weight, self.bias)
@@ -51,21 +55,21 @@ class SlicedLinear(nn.Module):
             y = full.index_copy(-1, self.out_index, y)
         return y
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         p, q = self.weight.shape
         return f"in {q} of {self.in_features}, out {p} of {self.out_features}"
 
 
-def _places(count):
+def _places(count: int) -> torch.Tensor:
     return torch.zeros(count, dtype=torch.int64)
 
 
-def resize_blocks(model, blocks_path, shapes):
+def resize_blocks(model: nn.Module, blocks_path: str, shapes: list[dict[str, list[int]]]) -> None:
     """Give every block of ``model`` the sizes in ``shapes``.
 
     ``shapes`` has one dictionary a block: layer name to [kept_in, full_in, kept_out, full_out].
     """
-    blocks = model.get_submodule(blocks_path)
+    blocks = list(model.get_submodule(blocks_path).children())
     if len(blocks) != len(shapes):
         raise ValueError(f"config lists {len(shapes)} blocks, the model has {len(blocks)}")
     for block, sizes in zip(blocks, shapes, strict=True):
@@ -74,7 +78,7 @@ def resize_blocks(model, blocks_path, shapes):
             owner = block.get_submodule(parent)
             old = getattr(owner, leaf)
             if (kept_in, kept_out) == (full_in, full_out):
-                new = nn.Linear(
+                new: nn.Module = nn.Linear(
                     kept_in, kept_out, bias=old.bias is not None,
                     device=old.weight.device, dtype=old.weight.dtype,
                 )  # fmt: skip
@@ -89,7 +93,8 @@ def resize_blocks(model, blocks_path, shapes):
 MODEL_TYPE_PREFIX = "secateur_"
 MODELING_FILE = "modeling_secateur.py"
 
-_HEADER = '''"""A language model with fewer weights than its family's class expects, made by Secateur.
+_HEADER = '''"""A language model with fewer weights than its family's class expects, made by
+Secateur.
 
 Open it with AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True). The config key
 "secateur" lists, for every block and linear layer, how many inputs and rows are left.
@@ -97,7 +102,7 @@ Open it with AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True
 
 '''
 
-_CLASSES = '''
+_CLASSES = """
 
 from transformers import {base_config}, {base_model}
 
@@ -112,7 +117,7 @@ class Secateur{base_model}({base_model}):
     def __init__(self, config):
         super().__init__(config)
         resize_blocks(self, config.secateur["blocks_path"], config.secateur["shapes"])
-'''
+"""
 
 
 def modeling_file(base_config: str, base_model: str) -> str:

@@ -28,7 +28,7 @@ from secateur.modules import MODEL_TYPE_PREFIX
 from secateur.outputs import hf
 from secateur.outputs.card import model_card
 from secateur.outputs.verify import Verification, verify_folder
-from secateur.plan import BlockCut, Plan, Tensors
+from secateur.plans import BlockCut, Plan, Tensors
 from secateur.progress import PeakMemory, Progress
 from secateur.recipe import Recipe, parameters_to_remove
 from secateur.streaming import Stream

@@ -52,7 +52,7 @@ class Recipe(BaseModel):
     options: dict[str, Any] = Field(
         default_factory=dict, description="settings of the method; see its page in docs/"
     )
-    calibration: CalibrationSpec = Field(default_factory=lambda: CalibrationSpec())
+    calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
     seed: int = Field(0, ge=0, description="seed of everything that is drawn")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="type of the written weights; auto: as in the source"
@@ -162,9 +162,7 @@ def parse_amount(text: str, units: dict[str, int], field: str, example: str) -> 
     return value
 
 
-def parameters_to_remove(
-    recipe: Recipe, *, parameters: int, decoder: int, bytes_each: int
-) -> int:
+def parameters_to_remove(recipe: Recipe, *, parameters: int, decoder: int, bytes_each: int) -> int:
     """How many parameters must go to reach the recipe's target.
 
     Args:

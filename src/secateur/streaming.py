@@ -8,8 +8,8 @@ every block separately, since a model may mix kinds of attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ class Stream:
         self._prefix = self.anatomy.family.blocks + "."
         self._names = _bind(checkpoint, self.model)
         self._calls: dict[tuple[int, int], list[dict[str, Any]]] = {}
-        self._materialize_buffers(self.model)
+        _fill_buffers(self.model, self.device)
 
     # ---- the parts ---------------------------------------------------------------------------
 
@@ -135,9 +135,7 @@ class Stream:
             for name, tensor in self.read_outside(rounded).items()
         }
         self.model.load_state_dict(state, strict=False, assign=True)
-        for target, origin in self.model.all_tied_weights_keys.items():
-            if target not in state and origin in state:
-                _assign(self.model, target, self.model.get_parameter(origin))
+        _tie(self.model, state)
         del state
         try:
             yield
@@ -167,11 +165,8 @@ class Stream:
                     _Recorder(block, calls, last=i == len(self._blocks) - 1)
                     for i, block in enumerate(self._blocks)
                 ]
-                with self._blocks_replaced(recorders):
-                    try:
-                        self.model(input_ids=batch.to(self.device), use_cache=False)
-                    except _Recorded:
-                        pass
+                with self._blocks_replaced(recorders), suppress(_Recorded):
+                    self.model(input_ids=batch.to(self.device), use_cache=False)
                 self._calls.setdefault((batch.shape[0], batch.shape[1]), calls)
                 hidden = recorders[0].hidden
                 assert hidden is not None
@@ -248,25 +243,6 @@ class Stream:
         finally:
             setattr(parent, leaf, self._blocks)
 
-    def _materialize_buffers(self, model: Any) -> None:
-        """Give buffers that no file holds (rotary frequencies) their values on the device."""
-        for module in model.modules():
-            absent = [
-                name
-                for name, buffer in module.named_buffers(recurse=False)
-                if buffer is not None
-                and buffer.is_meta
-                and name in module._non_persistent_buffers_set
-            ]
-            for name in absent:
-                module.register_buffer(
-                    name,
-                    torch.empty_like(module.get_buffer(name), device=self.device),
-                    persistent=False,
-                )
-            if absent:
-                model._init_weights(module)
-
 
 def build_skeleton(checkpoint: Checkpoint) -> Any:
     """The transformers model of ``checkpoint`` on the meta device: shapes, no values.
@@ -298,6 +274,38 @@ def build_skeleton(checkpoint: Checkpoint) -> Any:
     return model.eval()
 
 
+def fill_skeleton(checkpoint: Checkpoint, model: Any, dtype: torch.dtype) -> None:
+    """Give every tensor of a skeleton its values: the whole model in memory."""
+    names = _bind(checkpoint, model)
+    state = {name: checkpoint.read(stored, dtype) for name, stored in names.items()}
+    model.load_state_dict(state, strict=False, assign=True)
+    _tie(model, state)
+    _fill_buffers(model, torch.device("cpu"))
+
+
+def _tie(model: Any, state: Mapping[str, torch.Tensor]) -> None:
+    """Let tied names share the parameter that was read."""
+    for target, origin in model.all_tied_weights_keys.items():
+        if target not in state and origin in state:
+            owner, _, leaf = target.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, model.get_parameter(origin))
+
+
+def _fill_buffers(model: Any, device: torch.device) -> None:
+    """Give buffers that no file holds (rotary frequencies) their values on the device."""
+    for module in model.modules():
+        absent = [
+            name
+            for name, buffer in module.named_buffers(recurse=False)
+            if buffer is not None and buffer.is_meta and name in module._non_persistent_buffers_set
+        ]
+        for name in absent:
+            empty = torch.empty_like(module.get_buffer(name), device=device)
+            module.register_buffer(name, empty, persistent=False)
+        if absent:
+            model._init_weights(module)
+
+
 def _bind(checkpoint: Checkpoint, skeleton: Any) -> dict[str, str]:
     """Name in the model -> name in the file, checked for presence and shape."""
     wanted = dict(skeleton.named_parameters())  # tied parameters appear once, under one name
@@ -323,11 +331,6 @@ def _bind(checkpoint: Checkpoint, skeleton: Any) -> dict[str, str]:
                 f"shape {list(stored.shape)}, the config asks for {list(parameter.shape)}"
             )
     return names
-
-
-def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, parameter)
 
 
 def _drop_weights(module: nn.Module, recurse: bool = True) -> None:

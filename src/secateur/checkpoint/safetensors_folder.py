@@ -151,13 +151,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 "fetch it again"
             )
         raw = file.read(length)
+    entries: list[tuple[str, str, list[int], int, int]] = []
     try:
-        header = json.loads(raw)
-        entries = [
-            (str(name), str(e["dtype"]), [int(s) for s in e["shape"]], *map(int, e["data_offsets"]))
-            for name, e in header.items()
-            if name != "__metadata__"
-        ]
+        for name, entry in json.loads(raw).items():
+            if name != "__metadata__":
+                begin, end = (int(offset) for offset in entry["data_offsets"])
+                shape = [int(side) for side in entry["shape"]]
+                entries.append((str(name), str(entry["dtype"]), shape, begin, end))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(
             f"{path} is damaged: its header is not valid ({error}); fetch it again"

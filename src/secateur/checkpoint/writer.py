@@ -62,9 +62,16 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
         os.fsync(file.fileno())
+    beside.chmod(0o666 & ~_umask())  # safetensors creates files that nobody else may read
     os.replace(beside, path)
     _sync_folder(path.parent)
     return digest.hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sync_folder(folder: Path) -> None:

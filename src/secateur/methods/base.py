@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from secateur.anatomy import Anatomy
 from secateur.errors import RecipeError
-from secateur.plan import BlockCut
+from secateur.plans import BlockCut
 from secateur.statistics import Moments
 
 Quotas = dict[int, int]
@@ -135,5 +135,3 @@ def explain(error: Any, what: str, model: type[BaseModel]) -> str:
         return f"{what} {where} is not known: allowed are {allowed}"
     got = first.get("input")
     return f"{what} {where} is {got!r}: {first['msg']}"
-
-

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from secateur.anatomy import Anatomy
 from secateur.errors import RecipeError
 from secateur.methods.base import Block, Method, Quotas, register
-from secateur.plan import BlockCut, live_rows, removed_by_counts
+from secateur.plans import BlockCut, live_rows, removed_by_counts
 from secateur.solvers.budget import Curve, share_out, threshold_search
 from secateur.solvers.gram import Order, gram, importance
 from secateur.solvers.mask_tuning import MaskCurve, guarded

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from secateur.plan import Plan
+from secateur.plans import Plan
 
 
 def model_card(plan: Plan, record: dict[str, Any], *, source: str, stock: bool) -> str:
@@ -26,6 +26,7 @@ def model_card(plan: Plan, record: dict[str, Any], *, source: str, stock: bool) 
     }
     if "/" in source and not Path(source).exists():
         header["base_model"] = source
+    of_decoder = after.decoder_share_removed(before)
     trust = "" if stock else ", trust_remote_code=True"
     why = (
         "Every block has the shapes of the stock class, so no extra code is needed."
@@ -46,7 +47,7 @@ training.
 | | before | after | removed |
 |---|---|---|---|
 | parameters | {before.parameters:,} | {after.parameters:,} | {after.share_removed(before):.2%} |
-| in decoder blocks | {before.decoder:,} | {after.decoder:,} | {after.decoder_share_removed(before):.2%} |
+| in decoder blocks | {before.decoder:,} | {after.decoder:,} | {of_decoder:.2%} |
 | blocks | {plan.anatomy.layers} | {len(plan.blocks)} | {len(plan.removed_layers)} |
 
 Asked was the removal of {record["asked"]["parameters_removed"]:,} parameters.

@@ -12,7 +12,7 @@ import torch
 from secateur.checkpoint import Checkpoint
 from secateur.checkpoint.writer import write_bytes, write_json, write_tensors
 from secateur.modules import MODELING_FILE, modeling_file, pruned_type
-from secateur.plan import BlockCut, Plan, Tensors, slice_block
+from secateur.plans import BlockCut, Plan, Tensors, slice_block
 
 INDEX = "model.safetensors.index.json"
 #: Files of the source that travel unchanged, besides those that are made anew.
@@ -92,7 +92,8 @@ def make_config(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> dict[
         # transformers 4 reads only these two keys, and without them silently takes theta 10000.
         config["rope_theta"] = rope["rope_theta"]
         plain = rope.get("rope_type", "default") == "default"
-        config["rope_scaling"] = None if plain else rope
+        if not plain:
+            config["rope_scaling"] = rope
     base_config, base_model = base_classes(checkpoint)
     width = plan.uniform_ffn_width
     if width is not None:

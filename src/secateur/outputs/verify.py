@@ -15,7 +15,7 @@ import torch
 from secateur.calibration import encode, load_text
 from secateur.engine import masked_hidden
 from secateur.errors import VerifyError
-from secateur.plan import Plan
+from secateur.plans import Plan
 from secateur.streaming import Stream
 
 #: Largest difference allowed, as a share of the largest logit: float32 noise of deep sums.

@@ -42,7 +42,9 @@ class BlockCut:
         return {f"{k}.{name}": t.clone() for k, named in parts.items() for name, t in named.items()}
 
     @classmethod
-    def of(cls, source: int, tensors: Mapping[str, torch.Tensor], notes: dict[str, Any]) -> BlockCut:
+    def of(
+        cls, source: int, tensors: Mapping[str, torch.Tensor], notes: dict[str, Any]
+    ) -> BlockCut:
         """The reverse of :meth:`tensors`."""
         cut = cls(source, notes=notes)
         for flat, tensor in tensors.items():
