@@ -181,6 +181,8 @@ def consecutive_windows(
     ids = encode(tokenizer, ("" if text.whole else "\n\n").join(text.documents))
     if len(ids) < 2:
         raise CalibrationError(f"text ({text.origin}) has {len(ids)} tokens: nothing to predict")
+    if length < 2:
+        raise CalibrationError(f"length is {length}: a window needs two tokens to predict one")
     length = min(length, len(ids))
     count = len(ids) // length
     count = min(count, most) if most else count
@@ -189,6 +191,8 @@ def consecutive_windows(
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
     """Token ids of ``text``, without special tokens, (tokens,)."""
+    # JSON may hold half of a surrogate pair, which no tokenizer takes.
+    text = text.encode("utf-8", "replace").decode("utf-8")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
@@ -211,6 +215,14 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
 
 
 def _from_file(path: Path, text_field: str) -> Text:
+    raw = _read(path)
+    if path.suffix in (".jsonl", ".ndjson"):
+        documents = [_row_text(row, text_field, path, n) for n, row in _rows(raw, path)]
+        return Text(documents, path.name)
+    return Text([raw], path.name, whole=True)
+
+
+def _read(path: Path) -> str:
     try:
         raw = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -222,18 +234,16 @@ def _from_file(path: Path, text_field: str) -> Text:
         raise CalibrationError(f"calibration file {path} cannot be read: {error}") from error
     if not raw.strip():
         raise CalibrationError(f"calibration file {path} is empty")
-    if path.suffix in (".jsonl", ".ndjson"):
-        documents = [_row_text(row, text_field, path, n) for n, row in _rows(raw, path)]
-        return Text(documents, path.name)
-    return Text([raw], path.name, whole=True)
+    return raw
 
 
 def _rows(raw: str, path: Path) -> Iterable[tuple[int, Any]]:
-    for number, line in enumerate(raw.splitlines(), 1):
+    # Not splitlines(): texts may hold other ends of line, such as U+2028, as they are.
+    for number, line in enumerate(raw.split("\n"), 1):
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise CalibrationError(
                     f"calibration file {path} line {number} is not JSON ({error}): a .jsonl file "
                     "has one object a line"
@@ -265,12 +275,12 @@ def _named(name: str, use: Use, data_dir: str | Path | None) -> Text:
         if not paths:
             continue
         path = paths[0]
-        if path.suffix != ".jsonl":
+        if name != "alpaca":
             return _from_file(path, described.field)
-        rows = list(_rows(path.read_text(encoding="utf-8"), path))
-        if name == "alpaca":
-            return Text([_alpaca(row) for _, row in rows], path.name)
-        return Text([_row_text(row, described.field, path, n) for n, row in rows], path.name)
+        rows = list(_rows(_read(path), path))
+        for number, row in rows:
+            _row_text(row, described.field, path, number)
+        return Text([_alpaca(row) for _, row in rows], path.name)
     raise CalibrationError(
         f"calibration {name} is not in {folder}: expected {' or '.join(described.local[use])} "
         "there; leave out --data-dir to fetch it from the hub"
@@ -298,6 +308,13 @@ def _from_hub(name: str, described: NamedSet, use: Use) -> Text:
         ) from error
     if name == "alpaca":
         return Text([_alpaca(row) for row in taken], described.repo)
+    for row in taken:
+        if described.field not in row:
+            raise CalibrationError(
+                f"calibration {name} on the hub ({described.repo}) has no field "
+                f"{described.field!r} any more (it has: {', '.join(sorted(row))}): name a local "
+                f"copy with --data-dir, or use --calibration {BUILTIN}"
+            )
     texts = [str(row[described.field]) for row in taken]
     if described.whole:
         glue = "" if described.field == "text" else "\n"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from secateur.errors import one_line
+from secateur.errors import INTERRUPTED, one_line
 
 if TYPE_CHECKING:
     from secateur.pipeline import PlanResult
@@ -81,9 +81,12 @@ def _recipe(
         name, equals, value = setting.partition("=")
         if not equals:
             raise RecipeError(f"--set {setting} is not name=value, such as --set order=energy")
-        options[name] = yaml.safe_load(value)
+        try:
+            options[name] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:
+            raise RecipeError(f"--set {setting}: {value!r} cannot be read as YAML") from error
     if layers is not None:
-        options["layers"] = int(layers) if layers.isdigit() else layers
+        options["layers"] = int(layers) if layers.isdecimal() else layers
     calibration = {
         name: fields.pop(key)
         for key, name in (
@@ -220,15 +223,24 @@ def inspect(source: Source, trust_remote_code: Trust = False) -> None:
     checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
     anatomy = Stream(checkpoint).anatomy
     config = checkpoint.config
+    # Counted part by part: in a pruned model no block speaks for the others.
+    by_part = anatomy.parameters_by_part
+    total = sum(by_part.values())
+    decoder = sum(count for part, count in by_part.items() if part.startswith("blocks: "))
+    alike = decoder == anatomy.decoder_parameters
     rows = [
         ("source", str(source)),
         ("family", f"{anatomy.family.name} ({anatomy.model_type})"),
-        ("parameters", f"{anatomy.parameters:,}"),
-        ("in decoder blocks", f"{anatomy.decoder_parameters:,}"),
+        ("parameters", f"{total:,}"),
+        ("in decoder blocks", f"{decoder:,}"),
         ("file bytes", f"{checkpoint.nbytes:,}"),
-        ("blocks", f"{anatomy.layers} at {anatomy.block_parameters:,} parameters"),
+        (
+            "blocks",
+            f"{anatomy.layers} "
+            + (f"at {anatomy.block_parameters:,} parameters" if alike else "of different sizes"),
+        ),
         ("hidden width", f"{config.hidden_size:,}"),
-        ("FFN width", f"{anatomy.ffn_width:,}"),
+        ("FFN width", f"{anatomy.ffn_width:,}" + ("" if alike else " in the first block")),
         (
             "attention",
             f"{anatomy.query_heads} query heads in {anatomy.kv_heads} KV groups of size "
@@ -239,10 +251,10 @@ def inspect(source: Source, trust_remote_code: Trust = False) -> None:
     ]
     _print_table(("", ""), rows)
     print()
-    parts = sorted(anatomy.parameters_by_part.items(), key=lambda part: -part[1])
+    parts = sorted(by_part.items(), key=lambda part: -part[1])
     _print_table(
         ("part", "parameters", "share"),
-        [(name, f"{count:,}", f"{count / anatomy.parameters:.1%}") for name, count in parts],
+        [(name, f"{count:,}", f"{count / total:.1%}") for name, count in parts],
     )
     print()
     _print_table(
@@ -262,12 +274,14 @@ def evaluate(
     ] = "builtin",
     text_field: TextField = None,
     data_dir: DataDir = None,
-    length: Annotated[int, typer.Option(help="tokens a window")] = 1024,
-    windows: Annotated[int, typer.Option(help="windows, from the start of the text; 0: all")] = 10,
+    length: Annotated[int, typer.Option(min=2, help="tokens a window")] = 1024,
+    windows: Annotated[
+        int, typer.Option(min=0, help="windows, from the start of the text; 0: all")
+    ] = 10,
     prompt: Annotated[str, typer.Option(help="prompt of a generation sample")] = (
         "The capital of France is"
     ),
-    tokens: Annotated[int, typer.Option(help="tokens to generate; 0: none")] = 32,
+    tokens: Annotated[int, typer.Option(min=0, help="tokens to generate; 0: none")] = 32,
     device: Device = "cpu",
     trust_remote_code: Trust = False,
 ) -> None:
@@ -291,7 +305,7 @@ def evaluate(
         progress=for_terminal(),
     )
     print(f"perplexity {found.value:.2f}  ({found.protocol})")
-    if tokens:
+    if tokens and prompt:
         sample = generate(load_whole(checkpoint), checkpoint.tokenizer, prompt, tokens)
         print(f"{prompt}{sample}")
 
@@ -400,9 +414,11 @@ def main() -> None:
     arguments = sys.argv[1:] or ["--help"]
     try:
         code = app(arguments, standalone_mode=False)
+        if code == INTERRUPTED:  # typer makes this of Ctrl-C, and says nothing
+            raise KeyboardInterrupt
     except (Exception, KeyboardInterrupt) as error:
         if hasattr(error, "format_message"):  # typer's own: unknown options, missing arguments
-            text, code = error.format_message() + "; see secateur --help", 2
+            text, code = error.format_message().rstrip(".") + "; see secateur --help", 2
         elif isinstance(error, typer.Abort):
             text, code = one_line(KeyboardInterrupt())
         else:

@@ -52,12 +52,13 @@ def run(out: Path, remove: str, source: str | None) -> None:
     dense, pruned = _measure(model), _measure(str(out))
     before, after = result.plan.sizes_before(), result.plan.sizes()
     each = result.bytes_written // after.parameters
+    weights = f"weights at {8 * each} bits, MB"
     seconds = sum(result.seconds.values())
     rows = [
         ("parameters", f"{before.parameters:,}", f"{after.parameters:,}"),
         ("  removed", "", f"{after.share_removed(before):.2%}"),
         ("  removed of decoder blocks", "", f"{after.decoder_share_removed(before):.2%}"),
-        ("weights at 16 bits, MB", _mb(before.parameters * each), _mb(result.bytes_written)),
+        (weights, _mb(before.parameters * each), _mb(result.bytes_written)),
         ("perplexity, built-in passages", f"{dense['builtin']:.2f}", f"{pruned['builtin']:.2f}"),
         ("tokens/s, generation", f"{dense['speed']:.1f}", f"{pruned['speed']:.1f}"),
         ("peak memory to run, MiB", _mib(dense["memory"]), _mib(pruned["memory"])),
@@ -97,7 +98,7 @@ def measure_here(source: str) -> None:
 
     _quiet()
     checkpoint = open_checkpoint(source)
-    builtin = evaluate(checkpoint, length=512).value
+    builtin = evaluate(checkpoint, length=512, windows=6).value
     with PeakMemory() as memory:
         whole = load_whole(checkpoint)
         speed = measure_speed(whole, checkpoint.tokenizer, PROMPTS[0])

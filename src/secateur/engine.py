@@ -108,7 +108,9 @@ class Engine:
 
         For the choice, the last three tenths of the windows are kept out of the statistics, every
         candidate is pruned to the same total share, and its loss is taken on those. Candidates
-        are tried upwards until one is worse than the one before.
+        are tried upwards until one is no better than the one before. A few hundred tokens are a
+        noisy judge, so removing another block must win by more than the standard error of the
+        paired difference per token.
         """
         most = self.to_remove // self.stream.anatomy.block_parameters
         counts = self.method.layer_counts(most)
@@ -126,7 +128,7 @@ class Engine:
         assert isinstance(counts, range)
         held_out = max(1, math.ceil(0.3 * len(tokens)))
         statistics, probe = tokens[:-held_out], tokens[-held_out:]
-        best: tuple[int, float] | None = None
+        best: tuple[int, torch.Tensor] | None = None
         refused: RecipeError | None = None
         for choice in self.layer_stage(statistics):
             count = len(choice.removed)
@@ -135,26 +137,28 @@ class Engine:
             except RecipeError as error:
                 refused = error
             else:
-                loss = self._trial_loss(choice, quotas, statistics, probe)
+                losses = self._trial_losses(choice, quotas, statistics, probe)
+                loss = float(losses.mean())
                 self.trials.append({"layers": count, "held_out_loss": round(loss, 6)})
                 self.progress.note(f"{count} blocks removed: held-out loss {loss:.4f}")
-                if best is not None and loss >= best[1]:
-                    break
-                best = (count, loss)
+                if best is not None:
+                    gain = best[1] - losses
+                    if float(gain.mean()) <= float(gain.std()) / math.sqrt(gain.numel()):
+                        break
+                best = (count, losses)
             if count == counts[-1]:
                 break
         if best is None:
             assert refused is not None
             raise refused
-        return best
+        return best[0], float(best[1].mean())
 
-    def _trial_loss(
+    def _trial_losses(
         self, choice: LayerChoice, quotas: Quotas, statistics: torch.Tensor, probe: torch.Tensor
-    ) -> float:
+    ) -> torch.Tensor:
         hidden: list[torch.Tensor] = []
         self.neuron_stage(choice.layers, quotas, statistics, probe=probe, probe_out=hidden)
-        losses = self.stream.losses(hidden[0], probe)
-        return float(losses.sum()) / (probe.numel() - len(probe))
+        return self.stream.losses(hidden[0], probe)
 
     def quotas(self, choice: LayerChoice) -> Quotas:
         """Parameters that each remaining block shall lose.

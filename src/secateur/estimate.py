@@ -62,7 +62,7 @@ def estimate(
     widest = max(widths.values(), default=0)
     ffn = anatomy.ffn_width
     outside = 4 * anatomy.outside_parameters
-    logits = 4 * 3 * vocabulary * min(length, max(TOKENS_PER_HEAD_CALL, length))
+    logits = 4 * 3 * vocabulary * min(length, TOKENS_PER_HEAD_CALL)
     block = 4 * 3 * anatomy.block_parameters
     grams = 8 * sum(w * w for w in widths.values()) + 8 * (GRAM_COPIES - 1) * widest * widest
     parts = {
@@ -86,9 +86,7 @@ def check_memory(found: Estimate, limit: str | None) -> None:
     """
     if limit is None:
         return
-    if not re.search(r"[A-Za-z]", limit):
-        raise RecipeError(f"max-memory is {limit!r}: write a unit too, such as 4GB or 900MiB")
-    allowed = parse_amount(limit, BYTE_UNITS, "max-memory", "4GB")
+    allowed = parse_limit(limit)
     if found.memory > allowed:
         largest = max(found.parts, key=lambda name: found.parts[name])
         raise MemoryLimitError(
@@ -97,6 +95,17 @@ def check_memory(found: Estimate, limit: str | None) -> None:
             f"({found.parts[largest] / 2**20:.0f} MiB): lower --samples or --length, or raise "
             "--max-memory"
         )
+
+
+def parse_limit(limit: str) -> int:
+    """``--max-memory`` in bytes.
+
+    Raises:
+        RecipeError: it has no unit, or cannot be read.
+    """
+    if not re.search(r"[A-Za-z]", limit):
+        raise RecipeError(f"max-memory is {limit!r}: write a unit too, such as 4GB or 900MiB")
+    return parse_amount(limit, BYTE_UNITS, "max-memory", "4GB")
 
 
 def _matrix_rate() -> float:

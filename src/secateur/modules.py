@@ -185,7 +185,7 @@ def pruned_config(raw: dict[str, Any]) -> Any:
             raise KeyError(base_model)
         config_class, _ = pruned_classes(base_config, base_model)
         return config_class.from_dict(raw)
-    except (KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # transformers raises many kinds for a bad config
         raise SourceError(
             f"config.json says model_type {raw.get('model_type')} but its entry 'secateur' is "
             f"damaged ({error}): write the model again with secateur prune"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,19 @@ import torch
 
 import secateur
 from secateur.calibration import Windows, check_vocabulary, draw_windows, load_text
-from secateur.checkpoint import Checkpoint, open_checkpoint
+from secateur.checkpoint import Checkpoint, local_path, open_checkpoint
 from secateur.checkpoint.writer import (
     Journal,
     check_output,
+    waste_folder,
     work_folder,
     write_bytes,
     write_json,
     write_tensors,
 )
 from secateur.engine import Engine, LayerChoice
-from secateur.errors import OutputError, RecipeError, SourceError
-from secateur.estimate import Estimate, check_memory, estimate
+from secateur.errors import OutputError, RecipeError, SecateurError, SourceError
+from secateur.estimate import Estimate, check_memory, estimate, parse_limit
 from secateur.methods import Method, get_method
 from secateur.modules import MODEL_TYPE_PREFIX
 from secateur.outputs import hf
@@ -31,7 +33,7 @@ from secateur.outputs.verify import Verification, verify_folder
 from secateur.plans import BlockCut, Plan, Tensors
 from secateur.progress import PeakMemory, Progress
 from secateur.recipe import Recipe, parameters_to_remove
-from secateur.streaming import Stream
+from secateur.streaming import Stream, check_device
 
 RECORD = "secateur.json"
 PLAN_TENSORS = "secateur_plan.safetensors"
@@ -103,6 +105,7 @@ class _Run:
         most = self.asked // anatomy.block_parameters
         counts = self.method.layer_counts(most)
         spec, config = recipe.calibration, self.checkpoint.config
+        self.memory = parse_limit(max_memory) if max_memory else None
         self.estimate = estimate(
             anatomy,
             self.method.signals(anatomy),
@@ -251,12 +254,13 @@ def prune(
     Raises:
         SecateurError: for everything that a user can mend.
     """
-    target = Path(out).expanduser().resolve()
+    target = local_path(out).resolve()
     progress = progress or Progress()
     with PeakMemory() as memory:
+        shutil.rmtree(waste_folder(target), ignore_errors=True)  # left by a kill at the very end
         finished = _moved_but_not_cleaned(target)
         if not finished:
-            check_output(target, _folder_of(source))
+            check_output(target, local_path(source))
         run = _Run(
             source,
             recipe,
@@ -272,6 +276,9 @@ def prune(
             plan, choice = _write(run, journal)
             verification = _verified(run, journal, plan) if verify else None
             journal.finish()
+        except SecateurError:
+            journal.drop_if_fruitless()  # it would be in the way of the mended command
+            raise
         finally:
             journal.close()
     return PruneResult(
@@ -296,17 +303,14 @@ def _write(run: _Run, journal: Journal) -> tuple[Plan, LayerChoice]:
         )
         write_tensors(_cut_file(journal, cut.source), cut.tensors())
         journal.add("block", {"source": cut.source, "sha256": digest, "notes": cut.notes})
-        if run.checkpoint.state() != journal.entries[0]["value"]["source_files"]:
-            raise SourceError(
-                f"source {run.checkpoint.source} changed while it was read: the finished blocks "
-                f"are of no use; remove {journal.folder} and start again"
-            )
+        _check_unchanged(run, journal)
 
     if journal.find("files") is None:
         plan = run.engine.neuron_stage(
             choice.layers, quotas, run.windows.tokens, sink=sink, done=done
         )
         _write_rest(run, journal, plan, choice)
+        _check_unchanged(run, journal)
         journal.add("files", {})
     else:
         plan.blocks.extend(done[layer] for layer in choice.layers)
@@ -328,6 +332,19 @@ def _layer_choice(run: _Run, journal: Journal) -> LayerChoice:
     run.engine.trials = found["trials"]
     importances = dict(zip(found["layers"], found["importances"], strict=True))
     return LayerChoice(found["layers"], importances, found["removed"], found["loss"])
+
+
+def _check_unchanged(run: _Run, journal: Journal) -> None:
+    """Whether the source is still the one of the journal's first line.
+
+    Raises:
+        SourceError: it has been written to since.
+    """
+    if run.checkpoint.state() != journal.entries[0]["value"]["source_files"]:
+        raise SourceError(
+            f"source {run.checkpoint.source} changed while it was read: the finished blocks "
+            f"are of no use; remove {journal.folder} and start again"
+        )
 
 
 def _cut_file(journal: Journal, source: int) -> Path:
@@ -376,7 +393,7 @@ def _write_rest(run: _Run, journal: Journal, plan: Plan, choice: LayerChoice) ->
 def _verified(run: _Run, journal: Journal, plan: Plan) -> Verification:
     folder = journal.model if journal.model.is_dir() else journal.out
     run.progress.stage("verifying in a fresh process", 1)
-    verification = verify_folder(folder, run.stream, plan, run.dtype)
+    verification = verify_folder(folder, run.stream, plan, run.dtype, memory=run.memory)
     run.progress.step()
     run.progress.finish()
     return verification
@@ -385,7 +402,8 @@ def _verified(run: _Run, journal: Journal, plan: Plan) -> Verification:
 def _moved_but_not_cleaned(target: Path) -> bool:
     """Killed between giving the folder its name and dropping the work folder."""
     work = work_folder(target)
-    return work.is_dir() and not (work / "model").exists() and (target / RECORD).is_file()
+    moved = not any((work / "model").glob("*"))  # opening the journal makes it again, empty
+    return work.is_dir() and moved and (target / RECORD).is_file()
 
 
 def check_output_of(target: Path, journal: Journal) -> None:
@@ -401,11 +419,6 @@ def check_output_of(target: Path, journal: Journal) -> None:
     journal.model.rmdir()  # made empty by opening the journal
 
 
-def _folder_of(source: str | Path) -> Path:
-    path = Path(source).expanduser()
-    return path.parent if path.is_file() else path
-
-
 def versions() -> dict[str, str]:
     """Versions of what decides the numbers."""
     import safetensors
@@ -418,21 +431,6 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "safetensors": safetensors.__version__,
     }
-
-
-def check_device(name: str) -> str:
-    """A device that exists.
-
-    Raises:
-        RecipeError: torch does not know it, or there is none here.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RecipeError(f"device is {name!r}: choose cpu, cuda, cuda:1 or mps") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RecipeError(f"device is {name!r}, but torch sees no GPU here: use --device cpu")
-    return name
 
 
 def _dtype(name: str) -> torch.dtype:

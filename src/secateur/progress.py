@@ -110,7 +110,8 @@ class PlainProgress(Progress):
 
     def _show(self, detail: str, last: bool = False) -> None:
         now = time.monotonic()
-        if last or now - self._last >= self._interval:
+        complete = self._done == self._total  # said once, when the stage ends
+        if last or (now - self._last >= self._interval and not complete):
             self._last = now
             print(self._line(detail), file=self._file, flush=True)
 

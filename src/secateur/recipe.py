@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,7 +54,7 @@ class Recipe(BaseModel):
         default_factory=dict, description="settings of the method; see its page in docs/"
     )
     calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
-    seed: int = Field(0, ge=0, description="seed of everything that is drawn")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of everything that is drawn")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="type of the written weights; auto: as in the source"
     )
@@ -107,11 +108,14 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
         raw = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RecipeError(f"recipe {path} does not exist") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise RecipeError(f"recipe {path} cannot be read as YAML: {reason}") from error
     if not isinstance(raw, dict):
-        raise RecipeError(f"recipe {path} is not a list of fields such as 'remove: 20%'")
+        raise RecipeError(
+            f"recipe {path} does not consist of fields: write one a line, such as 'remove: 20%'"
+        )
+    raw = {str(key): value for key, value in raw.items()}
     calibration = raw.get("calibration") or {}
     if isinstance(calibration, dict):
         calibration = {**calibration, **overrides.pop("calibration", {})}
@@ -119,7 +123,10 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
     if isinstance(options, dict):
         options = {**options, **overrides.pop("options", {})}
     if any(overrides.get(name) is not None for name in ("remove", "params", "size")):
-        raw = {k: v for k, v in raw.items() if k not in ("remove", "params", "size")}
+        replaced = {"remove", "params", "size"}
+        if overrides.get("remove") is None:
+            replaced.add("of")  # says what a share is of, and there is no share any more
+        raw = {k: v for k, v in raw.items() if k not in replaced}
     merged = {**raw, **overrides, "calibration": calibration, "options": options}
     return make_recipe(**merged)
 
@@ -156,7 +163,7 @@ def parse_amount(text: str, units: dict[str, int], field: str, example: str) -> 
             f"{field} is {text!r}: write a number with one of the units "
             f"{', '.join(u for u in units if u)}, such as {example}"
         )
-    value = int(float(match[1]) * units[match[2].upper()])
+    value = int(Decimal(match[1]) * units[match[2].upper()])
     if value <= 0:
         raise RecipeError(f"{field} is {text!r}: it must be above 0")
     return value

@@ -17,12 +17,12 @@ from torch import nn
 
 from secateur.anatomy import Anatomy, describe
 from secateur.checkpoint import Checkpoint
-from secateur.errors import SourceError
+from secateur.errors import RecipeError, SourceError
 
 #: Tokens that pass a block in one call. Bounds the FFN's activations to a few tens of MB.
 TOKENS_PER_CALL = 4096
 #: Tokens whose logits exist at once: a 128k vocabulary in float32 is half a megabyte a token.
-TOKENS_PER_HEAD_CALL = 512
+TOKENS_PER_HEAD_CALL = 256
 
 
 class _Recorded(Exception):
@@ -188,6 +188,24 @@ class Stream:
         return torch.cat(parts)
 
     @torch.no_grad()
+    def _head_pieces(
+        self, hidden: torch.Tensor, tokens: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Logits (tokens, vocabulary), float32, a piece of a window at a time.
+
+        Yields the window's number, the place of the piece in it, and the logits. Norm and head work
+        token by token, so a window may be cut anywhere; whole windows of logits would be large.
+        """
+        with self._outside(dtype):
+            for window in range(len(tokens)):
+                for start in range(0, tokens.shape[1], TOKENS_PER_HEAD_CALL):
+                    end = start + TOKENS_PER_HEAD_CALL
+                    feeder = _Feeder(hidden[window : window + 1, start:end])
+                    with self._blocks_replaced([feeder]):
+                        ids = tokens[window : window + 1, start:end].to(self.device)
+                        logits = self.model(input_ids=ids, use_cache=False).logits
+                    yield window, start, logits[0].float()
+
     def head(
         self,
         hidden: torch.Tensor,
@@ -203,29 +221,25 @@ class Stream:
             use: called with the window's number and its logits (length, vocabulary), float32.
             dtype: round the weights to this type first, as a file of that type would.
         """
-        per_call = max(1, TOKENS_PER_HEAD_CALL // tokens.shape[1])
-        with self._outside(dtype):
-            for start in range(0, len(tokens), per_call):
-                piece = hidden[start : start + per_call]
-                feeders = [_Feeder(piece)]
-                with self._blocks_replaced(feeders):
-                    logits = self.model(
-                        input_ids=tokens[start : start + per_call].to(self.device), use_cache=False
-                    ).logits
-                for offset in range(len(piece)):
-                    use(start + offset, logits[offset].float())
+        pieces: list[torch.Tensor] = []
+        for window, start, logits in self._head_pieces(hidden, tokens, dtype):
+            pieces.append(logits)
+            if start + len(logits) == tokens.shape[1]:
+                use(window, torch.cat(pieces))
+                pieces.clear()
 
     def losses(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Summed next-token negative log likelihood of each window, float64, (windows,)."""
-        sums = torch.zeros(len(tokens), dtype=torch.float64)
+        """Next-token negative log likelihood of every token but the first of each window.
 
-        def add(window: int, logits: torch.Tensor) -> None:
-            targets = tokens[window, 1:].to(logits.device)
-            loss = nn.functional.cross_entropy(logits[:-1], targets, reduction="none")
-            sums[window] = loss.double().sum().cpu()
-
-        self.head(hidden, tokens, add)
-        return sums
+        Returns:
+            (windows, length - 1), float64, in nats.
+        """
+        found = torch.zeros(len(tokens), tokens.shape[1] - 1, dtype=torch.float64)
+        for window, start, logits in self._head_pieces(hidden, tokens):
+            targets = tokens[window, start + 1 : start + 1 + len(logits)].to(logits.device)
+            loss = nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="none")
+            found[window, start : start + len(targets)] = loss.double().cpu()
+        return found
 
     # ---- inside ------------------------------------------------------------------------------
 
@@ -242,6 +256,31 @@ class Stream:
             yield
         finally:
             setattr(parent, leaf, self._blocks)
+
+
+def check_device(name: str) -> str:
+    """A device that exists.
+
+    Raises:
+        RecipeError: torch does not know it, or there is none here.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")  # as unusable as an unknown one
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise RecipeError(f"device is {name!r}: choose cpu, cuda, cuda:1 or mps")
+    count = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }[device.type]
+    if count == 0:
+        raise RecipeError(f"device is {name!r}, but torch sees no GPU here: use --device cpu")
+    if (device.index or 0) >= count:
+        last = f"{device.type}:{count - 1}" if device.type == "cuda" else device.type
+        raise RecipeError(f"device is {name!r}, but the last one here is {last}")
+    return name
 
 
 def build_skeleton(checkpoint: Checkpoint) -> Any:
@@ -265,8 +304,9 @@ def build_skeleton(checkpoint: Checkpoint) -> Any:
             model = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=checkpoint.trust_remote_code
             )
-        except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
-            text = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        except Exception as error:  # transformers checks little; any value may fail anywhere
+            text = (str(error).strip().splitlines() or [repr(error)])[0]
+            text = repr(error) if isinstance(error, KeyError) else text
             raise SourceError(
                 f"source {checkpoint.source} (model_type {config.model_type}) cannot be built as a "
                 f"causal language model: {text}"

@@ -107,6 +107,8 @@ def describe(model: PreTrainedModel) -> Anatomy:
             f"model type {model_type} should keep its blocks at {family.blocks}, but there are "
             f"{_what_is_there(model)}"
         ) from error
+    if not len(blocks):
+        raise FamilyError(f"model type {model_type} has no blocks here: its config asks for none")
     block = blocks[0]
     denses: dict[str, DenseShape] = {}
     missing = []

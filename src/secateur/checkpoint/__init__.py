@@ -7,12 +7,13 @@ time. :mod:`~secateur.checkpoint.writer` holds the other direction: shards, the 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from secateur.checkpoint.base import Checkpoint, TensorInfo
 from secateur.errors import SourceError
 
-__all__ = ["Checkpoint", "TensorInfo", "open_checkpoint"]
+__all__ = ["Checkpoint", "TensorInfo", "local_path", "open_checkpoint"]
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -29,7 +30,7 @@ def open_checkpoint(source: str | Path, *, trust_remote_code: bool = False) -> C
         SourceError: nothing there, a damaged file, pickled weights, or code that was not allowed.
     """
     text = str(source)
-    path = Path(text).expanduser()
+    path = local_path(source)
     if path.is_dir():
         return _open_folder(path, text, trust_remote_code)
     if path.is_file():
@@ -54,6 +55,14 @@ def open_checkpoint(source: str | Path, *, trust_remote_code: bool = False) -> C
         f"source {text} does not exist: give a folder with config.json and *.safetensors, "
         "a .gguf file, or a hub id such as org/name"
     )
+
+
+def local_path(name: str | Path) -> Path:
+    """``name`` as a path, with ``~`` for the home folder; ``~name`` stays if there is none."""
+    path = Path(name)
+    with suppress(RuntimeError):
+        path = path.expanduser()
+    return path
 
 
 def _looks_like_hub_id(text: str) -> bool:

@@ -99,10 +99,17 @@ class Checkpoint(ABC):
         from transformers import AutoTokenizer
 
         try:
+            # With the config given, it is not read again, nor is a modelling file beside it run.
             return AutoTokenizer.from_pretrained(
-                self.folder, trust_remote_code=self.trust_remote_code
+                self.folder, config=self.config, trust_remote_code=self.trust_remote_code
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # of many kinds; tokenizers itself raises plain Exception
+            if "trust_remote_code" in str(error):
+                raise SourceError(
+                    f"source {self.source} has a tokenizer that needs Python code of its own: "
+                    "read that code, and if you trust it repeat the command with "
+                    "--trust-remote-code"
+                ) from error
             raise SourceError(
                 f"source {self.source} has no tokenizer that opens ({_first_line(error)}): put its "
                 "tokenizer.json and tokenizer_config.json beside config.json"

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 from secateur.checkpoint.base import Checkpoint, TensorInfo, _first_line
 from secateur.errors import SourceError
+
+#: Rows of a matrix that are dequantised in one call.
+ROWS_AT_ONCE = 4096
 
 
 class GgufCheckpoint(Checkpoint):
@@ -27,8 +33,10 @@ class GgufCheckpoint(Checkpoint):
 
         self.source = str(path)
         self.path = path
-        self._reader = _open_reader(path)
-        self._entries = {entry.name: entry for entry in self._reader.tensors}
+        reader = _open_reader(path)
+        self._architecture = str(reader.fields["general.architecture"].contents())
+        # The reader itself is not kept: its vocabulary is a hundred megabytes of small objects.
+        self._entries = {entry.name: entry for entry in reader.tensors}
         self.tensors = {
             name: TensorInfo(
                 name,
@@ -41,21 +49,24 @@ class GgufCheckpoint(Checkpoint):
         }
         self.folder = _metadata_folder(path)
         self.config = AutoConfig.from_pretrained(self.folder)
-        self._stored: dict[str, str] = {}
 
     @cached_property
     def _processor(self) -> Any:
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
-        architecture = self._reader.fields["general.architecture"].contents()
-        return TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=self.config.to_dict())
+        kind = TENSOR_PROCESSORS.get(self._architecture, TensorProcessor)
+        return kind(config=self.config.to_dict())
 
     def _load(self, name: str) -> torch.Tensor:
         from gguf import dequantize
 
         entry = self._entries[name]
         try:
-            values = dequantize(entry.data, entry.tensor_type)
+            # Some rows at a time: at once, a vocabulary of floats would exist three times over.
+            values = np.empty(self.tensors[name].shape, dtype=np.float32)
+            for start in range(0, len(entry.data), ROWS_AT_ONCE):
+                rows = slice(start, start + ROWS_AT_ONCE)
+                values[rows] = dequantize(entry.data[rows], entry.tensor_type)
         except (NotImplementedError, ValueError) as error:
             raise SourceError(
                 f"tensor {name} in {self.path} is of type {entry.tensor_type.name}, which cannot "
@@ -64,7 +75,7 @@ class GgufCheckpoint(Checkpoint):
         done = self._processor.process(
             weights=values, name=name, tensor_key_mapping={}, parsed_parameters={}
         )
-        return torch.from_numpy(done.weights.copy())
+        return torch.from_numpy(np.ascontiguousarray(done.weights))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -77,7 +88,11 @@ class GgufCheckpoint(Checkpoint):
     def skeleton_names(self, names: Iterable[str], skeleton: Any) -> dict[str, str]:
         from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
-        stored = {hf: g for g, hf in get_gguf_hf_weights_map(skeleton, self._processor).items()}
+        # Without its submodules, for each of which the function builds the whole table again.
+        flat = SimpleNamespace(
+            config=skeleton.config, state_dict=skeleton.state_dict, named_children=dict
+        )
+        stored = {hf: g for g, hf in get_gguf_hf_weights_map(flat, self._processor).items()}
         return {n: stored[n] for n in names if stored.get(n) in self.tensors}
 
 
@@ -112,8 +127,8 @@ def _metadata_folder(path: Path) -> Path:
     from transformers import AutoConfig, AutoTokenizer
 
     stat = path.stat()
-    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{transformers.__version__}"
-    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{transformers.__version__}|1"
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = root / "secateur" / "gguf" / hashlib.sha256(key.encode()).hexdigest()[:24]
     if folder.is_dir():
         return folder
@@ -127,9 +142,16 @@ def _metadata_folder(path: Path) -> Path:
         ) from error
     config._name_or_path = ""
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SourceError(
+            f"config and tokenizer of {path} cannot be kept in {folder.parent} "
+            f"({error.strerror}): let XDG_CACHE_HOME name a folder that can be written"
+        ) from error
     config.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    _drop_invented_tokens(partial / "tokenizer.json", int(config.vocab_size))
     try:
         partial.rename(folder)
     except OSError:  # another process was faster; its files are the same
@@ -137,3 +159,16 @@ def _metadata_folder(path: Path) -> Path:
 
         shutil.rmtree(partial)
     return folder
+
+
+def _drop_invented_tokens(path: Path, rows: int) -> None:
+    """Take out added tokens that the embedding has no row for.
+
+    transformers gives every byte-level vocabulary the token ``<|endoftext|>``, as a new one where
+    the file has none (Llama 3); its id would be the first behind the embedding.
+    """
+    if not path.is_file():
+        return
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["id"] < rows]
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
+from secateur.checkpoint.base import _first_line
 from secateur.errors import SourceError
 
 WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -25,15 +27,19 @@ def fetch(repo: str, trust_remote_code: bool = False) -> Path:
         raise SourceError(
             f"source {repo} is gated: accept its terms on its page, then hf auth login"
         ) from error
-    except errors.RepositoryNotFoundError as error:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise SourceError(
             f"source {repo} is neither a folder here nor a repository on the hub: check the "
             "spelling, or log in with hf auth login if it is private"
         ) from error
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # network and hub errors are of many kinds
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # a full disk is told as such
+        plain = isinstance(error, errors.LocalEntryNotFoundError)
+        reason = "" if plain else f" ({_first_line(error)})"
         raise SourceError(
-            f"source {repo} is no folder here and the hub cannot be reached: check the network, "
-            "or give a local folder or GGUF file"
+            f"source {repo} is no folder here and the hub cannot be reached{reason}: check the "
+            "network, or give a local folder or GGUF file"
         ) from error
     if not any(folder.glob("*.safetensors")):
         raise SourceError(

@@ -29,6 +29,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+FLOATING = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}
 #: safetensors refuses longer headers too; without a limit a forged length asks for all memory.
 MAX_HEADER = 100_000_000
 
@@ -54,6 +55,18 @@ class SafetensorsCheckpoint(Checkpoint):
                 {name: info for name, info in header.items() if not names or name in names}
             )
         self._handles: dict[Path, Any] = {}
+        if getattr(self.config, "quantization_config", None) and self._kinds() - FLOATING:
+            raise self._quantised(self._kinds())
+
+    def _kinds(self) -> set[str]:
+        return {info.dtype for info in self.tensors.values()}
+
+    def _quantised(self, kinds: set[str]) -> SourceError:
+        return SourceError(
+            f"source {self.source} holds no plain floating weights (types: "
+            f"{', '.join(sorted(kinds))}): quantised safetensors cannot be pruned; give the "
+            "unquantised model, or a GGUF file"
+        )
 
     def _load(self, name: str) -> torch.Tensor:
         from safetensors import SafetensorError, safe_open
@@ -72,13 +85,9 @@ class SafetensorsCheckpoint(Checkpoint):
         counts: dict[str, int] = {}
         for info in self.tensors.values():
             counts[info.dtype] = counts.get(info.dtype, 0) + info.numel
-        floating = {d: n for d, n in counts.items() if d in ("F32", "F16", "BF16", "F64")}
+        floating = {d: n for d, n in counts.items() if d in FLOATING}
         if not floating:
-            raise SourceError(
-                f"source {self.source} holds no plain floating weights (types: "
-                f"{', '.join(sorted(counts))}): quantised safetensors cannot be pruned; give the "
-                "unquantised model, or a GGUF file"
-            )
+            raise self._quantised(set(counts))
         return DTYPES[max(floating, key=lambda d: floating[d])]
 
     def skeleton_names(self, names: Iterable[str], skeleton: Any) -> dict[str, str]:
@@ -92,6 +101,11 @@ class SafetensorsCheckpoint(Checkpoint):
                 if candidate in self.tensors:
                     found[name] = candidate
                     break
+        wanted = skeleton.state_dict()
+        for name, stored in found.items():
+            kind = self.tensors[stored].dtype
+            if wanted[name].is_floating_point() and kind not in FLOATING:
+                raise self._quantised({kind})
         return found
 
 
@@ -102,7 +116,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             items = [(str(k), str(v)) for k, v in weight_map.items()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SourceError(f"{index} is no safetensors index: {error}") from error
         if not items:
             raise SourceError(f"{index} names no tensor")
@@ -139,18 +153,21 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         SourceError: the file is cut short, the header is not what its length says, offsets
             overlap or leave the file, or a shape and its bytes disagree.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        first = file.read(8)
-        if len(first) < 8:
-            raise SourceError(f"{path} is cut short: {size} bytes, not even a header")
-        (length,) = struct.unpack("<Q", first)
-        if length > min(size - 8, MAX_HEADER):
-            raise SourceError(
-                f"{path} is damaged: its header claims {length} bytes, the file has {size}; "
-                "fetch it again"
-            )
-        raw = file.read(length)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            first = file.read(8)
+            if len(first) < 8:
+                raise SourceError(f"{path} is cut short: {size} bytes, not even a header")
+            (length,) = struct.unpack("<Q", first)
+            if length > min(size - 8, MAX_HEADER):
+                raise SourceError(
+                    f"{path} is damaged: its header claims {length} bytes, the file has {size}; "
+                    "fetch it again"
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}") from error
     entries: list[tuple[str, str, list[int], int, int]] = []
     try:
         for name, entry in json.loads(raw).items():
@@ -158,7 +175,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 begin, end = (int(offset) for offset in entry["data_offsets"])
                 shape = [int(side) for side in entry["shape"]]
                 entries.append((str(name), str(entry["dtype"]), shape, begin, end))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError
+    ) as error:  # fmt: skip
         raise SourceError(
             f"{path} is damaged: its header is not valid ({error}); fetch it again"
         ) from error
@@ -197,7 +216,7 @@ def _load_config(folder: Path, source: str, trust_remote_code: bool) -> Any:
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise SourceError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise SourceError(f"{path} does not say model_type: it is not a model's config")

@@ -87,20 +87,31 @@ def work_folder(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def check_output(out: Path, source_folder: Path) -> None:
+def waste_folder(out: Path) -> Path:
+    """What a finished work folder is called while it is being removed."""
+    return out.with_name(out.name + ".partial.done")
+
+
+def check_output(out: Path, origin: Path) -> None:
     """Refuse an output place that cannot be used, before any work is done.
 
     Raises:
         OutputError: exists and is not empty, lies inside the source, or cannot be written.
     """
     target = out.expanduser().resolve()
-    source = source_folder.resolve()
-    if target == source or source in target.parents:
-        raise OutputError(
-            f"output {out} lies inside the source {source_folder}: choose a folder elsewhere"
-        )
+    source = origin.resolve()
     if target.is_file():
         raise OutputError(f"output {out} is a file: give a folder that does not exist yet")
+    if target == source or source in target.parents:
+        raise OutputError(
+            f"output {out} lies inside the source {origin}: choose a folder elsewhere"
+        )
+    work = work_folder(target)
+    if work == source or work in source.parents:
+        raise OutputError(
+            f"output {out} would be prepared in {work}, which holds the source: choose another "
+            "--out"
+        )
     if target.is_dir() and any(target.iterdir()):
         raise OutputError(
             f"output {out} exists and is not empty: choose another --out, or remove it first"
@@ -128,6 +139,11 @@ class Journal:
         self.out = out.expanduser().resolve()
         self.folder = work_folder(self.out)
         self.model = self.folder / "model"
+        if self._is_foreign():
+            raise OutputError(
+                f"{self.folder} is in the way, and is no unfinished work of secateur: move it "
+                "away, or choose another --out"
+            )
         try:
             self.model.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -143,6 +159,10 @@ class Journal:
             ) from error
         self.entries = self._read()
         wanted = json.loads(json.dumps(identity, sort_keys=True))
+        if len(self.entries) == 1 and self.entries[0]["value"] != wanted:
+            # Another run began here and finished nothing that could be lost.
+            self.entries.clear()
+            write_bytes(self.folder / JOURNAL, b"")
         if not self.entries:
             self.add("identity", wanted)
         elif self.entries[0] != {"kind": "identity", "value": wanted}:
@@ -153,6 +173,13 @@ class Journal:
                 f"{', '.join(changed)}): repeat that command, choose another --out, or remove "
                 f"the folder with rm -r {self.folder}"
             )
+
+    def _is_foreign(self) -> bool:
+        """Whether files lie here that no run of ours has made; :meth:`finish` would remove them."""
+        if not self.folder.is_dir() or (self.folder / JOURNAL).exists():
+            return False
+        others = {path.name for path in self.folder.iterdir()} - {self.model.name, LOCK}
+        return bool(others) or (self.model.is_dir() and any(self.model.iterdir()))
 
     def _read(self) -> list[dict[str, Any]]:
         path = self.folder / JOURNAL
@@ -200,8 +227,17 @@ class Journal:
                 self.out.rmdir()  # check_output made sure that it is empty
             os.replace(self.model, self.out)
             _sync_folder(self.out.parent)
-        shutil.rmtree(self.folder)
+        # Renamed first: a work folder that a kill leaves half removed could not be gone on from.
+        waste = waste_folder(self.out)
+        shutil.rmtree(waste, ignore_errors=True)
+        os.replace(self.folder, waste)
+        shutil.rmtree(waste)
         self._lock.close()
+
+    def drop_if_fruitless(self) -> None:
+        """Remove the work folder unless it holds a finished block."""
+        if all(entry["kind"] in ("identity", "layers") for entry in self.entries):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
         """Let go of the lock; the work stays."""

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from secateur.calibration import Windows, consecutive_windows, load_text
+from secateur.calibration import Windows, check_vocabulary, consecutive_windows, load_text
 from secateur.checkpoint import Checkpoint, open_checkpoint
 from secateur.progress import Progress
-from secateur.streaming import Stream
+from secateur.streaming import Stream, check_device
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ def evaluate(
         checkpoint = source
     else:
         checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
+    stream = Stream(checkpoint, check_device(device))
+    check_vocabulary(checkpoint.tokenizer, int(checkpoint.config.vocab_size))
     longest = getattr(checkpoint.config, "max_position_embeddings", None) or length
     found = consecutive_windows(
         load_text(text, use="evaluation", text_field=text_field, data_dir=data_dir),
@@ -72,7 +74,7 @@ def evaluate(
         length=min(length, longest),
         most=windows,
     )
-    value = perplexity_of(Stream(checkpoint, device), found, progress or Progress())
+    value = perplexity_of(stream, found, progress or Progress())
     count, size = found.tokens.shape
     return Perplexity(value, found.origin, count, size, found.sha256)
 
@@ -89,4 +91,4 @@ def perplexity_of(stream: Stream, windows: Windows, progress: Progress) -> float
         progress.step(f"block {layer}")
     losses = stream.losses(hidden, tokens)
     progress.finish()
-    return math.exp(float(losses.sum()) / (tokens.numel() - len(tokens)))
+    return math.exp(float(losses.mean()))

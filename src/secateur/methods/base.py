@@ -128,10 +128,13 @@ def get_method(name: str, options: dict[str, Any]) -> Method:
 
 def explain(error: Any, what: str, model: type[BaseModel]) -> str:
     """One line for the first thing pydantic found wrong."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "(whole)"
+    errors = error.errors()
+    first = errors[0]
+    # Options are flat; what stands behind the field's name is a branch of its union.
+    field = first["loc"][:1]
+    where = str(field[0]) if field else "(whole)"
     if first["type"] == "extra_forbidden":
         allowed = ", ".join(sorted(model.model_fields))
         return f"{what} {where} is not known: allowed are {allowed}"
-    got = first.get("input")
-    return f"{what} {where} is {got!r}: {first['msg']}"
+    wrong = ", or ".join(e["msg"] for e in errors if e["loc"][:1] == field)
+    return f"{what} {where} is {first.get('input')!r}: {wrong}"

@@ -7,7 +7,7 @@ do, stand in ``docs/comp.md``. Equation numbers below are the paper's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,7 +16,7 @@ from secateur.anatomy import Anatomy
 from secateur.errors import RecipeError
 from secateur.methods.base import Block, Method, Quotas, register
 from secateur.plans import BlockCut, live_rows, removed_by_counts
-from secateur.solvers.budget import Curve, share_out, threshold_search
+from secateur.solvers.budget import Curve, LazyValues, share_out, threshold_search
 from secateur.solvers.gram import Order, gram, importance
 from secateur.solvers.mask_tuning import MaskCurve, guarded
 
@@ -33,7 +33,7 @@ class CompOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layers: int | Literal["auto"] = Field(
+    layers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto", description="whole blocks to remove; auto: chosen by the loss on held-out windows"
     )
     max_layers: int = Field(4, ge=0, description="most blocks that auto tries to remove")
@@ -42,7 +42,7 @@ class CompOptions(BaseModel):
         description="linear layers that lose inputs: all (the paper), outputs (attention output "
         "and FFN down, whose producing rows die too), neurons (FFN down only)",
     )
-    order: Order = Field("condition", description="which inputs go first")
+    order: Order = Field("energy", description="which inputs go first")
     allocation: Literal["variance", "error"] = Field(
         "error", description="common threshold within a block: Var of the tuned mask, or error"
     )
@@ -97,7 +97,8 @@ class Comp(Method):
     def quotas(self, anatomy: Anatomy, importances: dict[int, float], total: int) -> Quotas:
         """Eq. 10: r_l = w_l (r N - n N^) / N^ with w_l proportional to 1 / I_l."""
         layers = list(importances)
-        prunable = layers[self.options.exempt_first : len(layers) - self.options.exempt_last]
+        end = max(0, len(layers) - self.options.exempt_last)
+        prunable = layers[self.options.exempt_first : end]
         cap = int(self.options.cap * self._most_removable(anatomy))
         if total > cap * len(prunable):
             raise RecipeError(
@@ -180,7 +181,7 @@ class Comp(Method):
         step = max(1, len(masks) // self.options.grid)
         counts = [*range(0, len(masks) - 1, step), len(masks) - 1]
         rule = masks.variance if self.options.allocation == "variance" else masks.error
-        return Curve(counts, [rule(c) for c in counts])
+        return Curve(counts, LazyValues(rule, counts))
 
 
 def _short(value: float) -> float:

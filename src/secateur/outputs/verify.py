@@ -15,6 +15,7 @@ import torch
 from secateur.calibration import encode, load_text
 from secateur.engine import masked_hidden
 from secateur.errors import VerifyError
+from secateur.estimate import BASE
 from secateur.plans import Plan
 from secateur.streaming import Stream
 
@@ -45,8 +46,14 @@ class Verification:
         )
 
 
-def verify_folder(folder: Path, stream: Stream, plan: Plan, dtype: torch.dtype) -> Verification:
+def verify_folder(
+    folder: Path, stream: Stream, plan: Plan, dtype: torch.dtype, *, memory: int | None = None
+) -> Verification:
     """Open ``folder`` in a fresh process and compare it with the masked original.
+
+    Args:
+        memory: bytes that the fresh process may use; by default what is free now. Where the whole
+            model in float32 does not fit, it is streamed instead of opened by transformers.
 
     Raises:
         VerifyError: it does not open, weights are missing, or logits differ.
@@ -61,9 +68,11 @@ def verify_folder(folder: Path, stream: Stream, plan: Plan, dtype: torch.dtype) 
         reference = Path(temporary) / "reference.safetensors"
         save_file({"tokens": tokens, "logits": torch.stack(logits)}, reference)
         # The shipped modelling file is copied by transformers; not into the user's cache.
+        whole = 4 * plan.sizes().parameters + BASE
+        mode = ["streamed"] if whole > (memory or _free_memory()) else []
         environment = {**os.environ, "HF_MODULES_CACHE": temporary, "HF_HUB_OFFLINE": "1"}
         run = subprocess.run(
-            [sys.executable, "-m", "secateur.outputs.reopen", str(folder), str(reference)],
+            [sys.executable, "-m", "secateur.outputs.reopen", str(folder), str(reference), *mode],
             capture_output=True,
             text=True,
             env=environment,
@@ -93,6 +102,12 @@ def verify_folder(folder: Path, stream: Stream, plan: Plan, dtype: torch.dtype) 
     return Verification(
         found["max_difference"], found["max_logit"], found["model_class"], found["parameters"]
     )
+
+
+def _free_memory() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def _tokens(stream: Stream) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 
 def share_out(
@@ -64,6 +65,32 @@ class Curve:
             if value >= threshold:
                 return place
         return len(self.values) - 1
+
+
+class LazyValues(Sequence[float]):
+    """Values of a rule that are computed when they are first looked at, once each."""
+
+    def __init__(self, rule: Callable[[int], float], counts: Sequence[int]) -> None:
+        self._rule = rule
+        self._counts = counts
+        self._known: dict[int, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    @overload
+    def __getitem__(self, place: int) -> float: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[float]: ...
+    def __getitem__(self, place: int | slice) -> float | Sequence[float]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        if not -len(self) <= place < len(self):
+            raise IndexError(place)
+        place %= len(self)
+        if place not in self._known:
+            self._known[place] = self._rule(self._counts[place])
+        return self._known[place]
 
 
 def threshold_search(

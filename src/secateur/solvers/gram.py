@@ -61,8 +61,10 @@ def cholesky(g: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor,
         the damped matrix, its factor, and the share of damping that it took.
 
     Raises:
-        ArithmeticError: no damping helps, because G is not finite.
+        ArithmeticError: G is not finite, or no damping helps.
     """
+    if not bool(torch.isfinite(g).all()):
+        raise ArithmeticError("the Gram matrix is not finite")
     for step in LADDER:
         matrix = damped(g, share * step)
         factor, info = torch.linalg.cholesky_ex(matrix)
@@ -127,6 +129,8 @@ def spectral_gradient(g: torch.Tensor, eps_share: float) -> torch.Tensor:
     2 [ l1 u_f^2 / (lq + eps) - (l1 + eps) lq v_f^2 / (lq + eps)^2 ].
     """
     eps = eps_share * float(g.diagonal().mean())
+    if eps == 0:  # a dead layer; its condition number is not defined
+        return torch.zeros_like(g.diagonal())
     _, factor, _ = cholesky(g, eps_share)
     high, u = largest_eigenpair(lambda x: g @ x, g)
     # The smallest pair is the largest of the inverse; the damping only shifts the value.

@@ -1,0 +1,137 @@
+"""Running sums against numpy, and the hooks that feed them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from secateur import statistics
+from secateur.anatomy import describe
+from secateur.solvers.gram import cholesky
+from secateur.statistics import TOKENS_PER_CHUNK, Moments, gather_moments
+
+CPU = torch.device("cpu")
+
+
+def numpy_moments(x: torch.Tensor) -> tuple[np.ndarray, np.ndarray, int]:
+    flat = x.detach().double().numpy().reshape(-1, x.shape[-1])
+    return flat.T @ flat / len(flat), flat.mean(0), len(flat)
+
+
+def check(moments: Moments, x: torch.Tensor, rtol: float = 1e-6) -> None:
+    covariance, mean, tokens = numpy_moments(x)
+    assert moments.tokens == tokens
+    assert moments.covariance.dtype == moments.mean.dtype == torch.float64
+    size = float(np.sqrt(np.mean(np.diag(covariance))))
+    np.testing.assert_allclose(moments.covariance, covariance, rtol=rtol, atol=rtol * size**2)
+    np.testing.assert_allclose(moments.mean, mean, rtol=rtol, atol=rtol * size)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), min_size=1, max_size=5),
+    st.integers(1, 12),
+    st.integers(0, 2**16),
+)
+def test_moments_of_batches(shapes: list[tuple[int, int]], width: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    batches = [torch.as_tensor(rng.normal(0.3, 2, (*s, width))).float() for s in shapes]
+    batches.append(torch.ones(1, 1, width))
+    moments = Moments.empty(width, CPU)
+    for batch in batches:
+        moments.add(batch)
+    check(moments, torch.cat([b.reshape(-1, width) for b in batches]))
+
+
+@pytest.mark.parametrize("extra", [0, 1, TOKENS_PER_CHUNK + 7])
+def test_more_tokens_than_a_chunk(extra: int) -> None:
+    x = torch.randn(TOKENS_PER_CHUNK + extra, 8, generator=torch.Generator().manual_seed(0)) + 1
+    moments = Moments.empty(8, CPU)
+    moments.add(x)
+    check(moments, x)
+
+
+def test_chunks_join_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A large token and then many small ones: a float32 total would lose the small ones.
+    monkeypatch.setattr(statistics, "TOKENS_PER_CHUNK", 1)
+    x = torch.full((2001, 1), 1.0)
+    x[0] = 2.0**13
+    moments = Moments.empty(1, CPU)
+    moments.add(x)
+    assert moments.second.item() == 2.0**26 + 2000
+    assert moments.total.item() == 2.0**13 + 2000
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_floating_types(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 50, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+    moments = Moments.empty(6, CPU)
+    moments.add(x)
+    check(moments, x)
+
+
+def test_inputs_that_need_gradients_leave_no_graph() -> None:
+    moments = Moments.empty(3, CPU)
+    moments.add(torch.ones(4, 3, requires_grad=True))
+    assert not moments.second.requires_grad
+    assert not moments.total.requires_grad
+
+
+def test_statistics_of_no_tokens_cannot_be_used() -> None:
+    with pytest.raises(ArithmeticError):
+        cholesky(Moments.empty(3, CPU).covariance, 0.01)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "qwen3", "opt"])
+def test_layers_that_read_one_signal_see_the_same(name: str) -> None:
+    model = tiny.make_model(name, layers=2)
+    anatomy = describe(model)
+    block = model.get_submodule(anatomy.family.blocks)[1]
+    tokens = torch.randint(3, tiny.VOCABULARY, (2, 15), generator=torch.Generator().manual_seed(0))
+    seen: dict[str, torch.Tensor] = {}
+
+    def remember(path: str) -> None:
+        layer = block.get_submodule(path)
+        layer.register_forward_pre_hook(lambda _, args: seen.__setitem__(path, args[0]))
+
+    for path in anatomy.denses:
+        remember(path)
+    with gather_moments(block, {path: path for path in anatomy.denses}) as found, torch.no_grad():
+        model(tokens)
+    assert found.keys() == anatomy.denses.keys()
+    for path, x in seen.items():
+        check(found[path], x)
+    for paths in anatomy.by_signal.values():
+        for path in paths[1:]:
+            assert torch.equal(found[path].second, found[paths[0]].second)
+            assert torch.equal(found[path].total, found[paths[0]].total)
+
+
+def test_every_run_of_the_block_adds_up_until_the_hooks_go() -> None:
+    layer = torch.nn.Linear(3, 2)
+    block = torch.nn.Sequential(layer)
+    one, two = torch.randn(4, 3), torch.randn(2, 5, 3)
+    with gather_moments(block, {"signal": "0"}) as found:
+        block(one)
+        block(two)
+    block(one)
+    assert not layer._forward_pre_hooks
+    check(found["signal"], torch.cat([one, two.reshape(-1, 3)]))
+
+
+def test_hooks_go_when_the_block_fails() -> None:
+    block = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    with pytest.raises(RuntimeError), gather_moments(block, {"signal": "0"}):
+        block(torch.ones(2, 4))
+    assert not block[0]._forward_pre_hooks
+
+
+def test_nothing_is_gathered_where_nothing_is_asked() -> None:
+    block = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    with gather_moments(block, {}) as found:
+        block(torch.ones(2, 3))
+    assert found == {}
