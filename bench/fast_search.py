@@ -6,7 +6,7 @@ One linear layer of each width on synthetic inputs with a decaying spectrum. Bot
 go and their tuned scales at a quarter of the inputs removed, on the same grid of c. The literal
 algorithm solves a least-squares problem by LSMR at every c it looks at, and begins at c = 0 again
 whenever the threshold rises, as the paper's listing does ("c kept": it does not); the fast one
-factorises once. Prints a Markdown table with the ratio; the last line fits the exponents of the two times.
+factorises once. Prints a Markdown table with the ratios; the last line fits the exponents.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ PRUNE = """
 import json, sys
 from secateur.pipeline import prune
 from secateur.recipe import make_recipe
-recipe = make_recipe(remove="20%", of="decoder", options={"layers": 1, "exempt_first": 0,
+recipe = make_recipe(remove="20%%", of="decoder", options={"layers": 1, "exempt_first": 0,
                      "exempt_last": 0}, calibration={"samples": %d, "length": %d})
 result = prune(sys.argv[1], sys.argv[2], recipe, verify=False)
 print(json.dumps({"peak": result.peak_memory, "estimate": result.estimate.memory}))

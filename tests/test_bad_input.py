@@ -1017,6 +1017,17 @@ def test_a_folder_of_the_user_is_in_the_way(run: Run, llama: Path, out: Path, na
     assert not out.exists()
 
 
+def test_a_folder_named_like_our_waste_stays(
+    run: Run, llama: Path, out: Path, no_verification: None
+) -> None:
+    precious = out.with_name("out.partial.done") / "mine"
+    precious.parent.mkdir()
+    precious.write_text("precious")
+    assert run("prune", llama, "--out", out, *SMALL).code == 0
+    assert precious.read_text() == "precious"
+    assert not work_folder(out).exists()
+
+
 def test_output_without_permission(
     run: Run, llama: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

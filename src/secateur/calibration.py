@@ -224,7 +224,7 @@ def _from_file(path: Path, text_field: str) -> Text:
 
 def _read(path: Path) -> str:
     try:
-        raw = path.read_text(encoding="utf-8")
+        raw = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise CalibrationError(
             f"calibration file {path} is not UTF-8 (byte {error.start}): convert it, for example "

@@ -135,7 +135,7 @@ class Engine:
             try:
                 quotas = self.quotas(choice)
             except RecipeError as error:
-                refused = error
+                refused = refused or error  # the first says most: it had all blocks to take from
             else:
                 losses = self._trial_losses(choice, quotas, statistics, probe)
                 loss = float(losses.mean())

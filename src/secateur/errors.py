@@ -49,8 +49,8 @@ class MemoryLimitError(SecateurError):
 def one_line(error: BaseException) -> tuple[str, int]:
     """The text shown to the user for ``error`` and the exit code that goes with it.
 
-    Knows Secateur's own errors, a full disk and Ctrl-C. Anything else is a bug of ours and is
-    raised again, so that its traceback is seen.
+    Knows Secateur's own errors, a full or failing disk and Ctrl-C. Anything else is a bug of ours
+    and is raised again, so that its traceback is seen.
     """
     import errno
 
@@ -66,6 +66,13 @@ def one_line(error: BaseException) -> tuple[str, int]:
         return (
             f"the disk is full{where}; finished blocks are kept: free some space and repeat "
             "the same command",
+            USER_MISTAKE,
+        )
+    if isinstance(error, OSError) and error.errno in (errno.EIO, errno.EROFS, errno.EACCES):
+        where = f" at {error.filename}" if error.filename else ""
+        return (
+            f"{error.strerror}{where}: see to the disk or the permissions and repeat the same "
+            "command; finished blocks are kept",
             USER_MISTAKE,
         )
     raise error

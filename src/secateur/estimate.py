@@ -48,6 +48,7 @@ def estimate(
     hidden: int,
     vocabulary: int,
     passes: int,
+    overhead: int = 0,
 ) -> Estimate:
     """Estimate one run from counts of bytes and operations and a short measurement.
 
@@ -55,6 +56,7 @@ def estimate(
         signals: signals whose second moments are gathered.
         windows, length: of the calibration.
         passes: forward passes over all blocks, the layer stage and trials included.
+        overhead: bytes that the open checkpoint takes.
     """
     tokens = windows * length
     batch = min(tokens, TOKENS_PER_CALL)
@@ -66,7 +68,7 @@ def estimate(
     block = 4 * 3 * anatomy.block_parameters
     grams = 8 * sum(w * w for w in widths.values()) + 8 * (GRAM_COPIES - 1) * widest * widest
     parts = {
-        "program": BASE,
+        "program": BASE + overhead,
         "weights and matrices": max(block + grams, outside + logits),
         "activations": 4 * batch * (3 * ffn + 6 * hidden) + 4 * tokens * hidden * 3,
         "block boundaries": 4 * tokens * hidden * (anatomy.layers + 1),

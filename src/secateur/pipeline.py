@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from secateur.checkpoint import Checkpoint, local_path, open_checkpoint
 from secateur.checkpoint.writer import (
     Journal,
     check_output,
-    waste_folder,
+    drop_waste,
     work_folder,
     write_bytes,
     write_json,
@@ -113,6 +112,7 @@ class _Run:
             length=spec.length,
             hidden=int(config.hidden_size),
             vocabulary=int(config.vocab_size),
+            overhead=self.checkpoint.overhead,
             passes=2 if len(counts) == 1 else 2 + 2 * min(3, len(counts)),
         )
         progress.note(self.estimate.text())
@@ -257,7 +257,7 @@ def prune(
     target = local_path(out).resolve()
     progress = progress or Progress()
     with PeakMemory() as memory:
-        shutil.rmtree(waste_folder(target), ignore_errors=True)  # left by a kill at the very end
+        drop_waste(target)
         finished = _moved_but_not_cleaned(target)
         if not finished:
             check_output(target, local_path(source))

@@ -52,6 +52,8 @@ class Checkpoint(ABC):
     config: PretrainedConfig
     tensors: dict[str, TensorInfo]
     trust_remote_code: bool = False
+    #: Bytes of memory that opening takes besides the weights.
+    overhead: int = 0
 
     @abstractmethod
     def _load(self, name: str) -> torch.Tensor:

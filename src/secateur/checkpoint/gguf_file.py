@@ -28,6 +28,8 @@ class GgufCheckpoint(Checkpoint):
     user's cache folder, since parsing a vocabulary out of GGUF takes seconds.
     """
 
+    overhead = 170 * 2**20  # the vocabulary, as the reader's many small arrays
+
     def __init__(self, path: Path) -> None:
         from transformers import AutoConfig
 

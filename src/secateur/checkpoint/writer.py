@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,6 +91,14 @@ def work_folder(out: Path) -> Path:
 def waste_folder(out: Path) -> Path:
     """What a finished work folder is called while it is being removed."""
     return out.with_name(out.name + ".partial.done")
+
+
+def drop_waste(out: Path) -> None:
+    """Remove what a kill at the very end left; a folder of the user's by that name stays."""
+    waste = waste_folder(out)
+    ours = re.compile(rf"\.?({LOCK}|{re.escape(JOURNAL)}|cut-\d+\.safetensors)(\.tmp)?")
+    if waste.is_dir() and all(ours.fullmatch(path.name) for path in waste.iterdir()):
+        shutil.rmtree(waste, ignore_errors=True)
 
 
 def check_output(out: Path, origin: Path) -> None:
@@ -229,8 +238,11 @@ class Journal:
             _sync_folder(self.out.parent)
         # Renamed first: a work folder that a kill leaves half removed could not be gone on from.
         waste = waste_folder(self.out)
-        shutil.rmtree(waste, ignore_errors=True)
-        os.replace(self.folder, waste)
+        drop_waste(self.out)
+        if waste.exists():  # not ours
+            waste = self.folder
+        else:
+            os.replace(self.folder, waste)
         shutil.rmtree(waste)
         self._lock.close()
 
