@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
+
+# GGUF metadata is kept in the user's cache folder; tests have one of their own, and so have the
+# processes that they start.
+_CACHE = tempfile.mkdtemp(prefix="secateur-test-cache-")
+os.environ["XDG_CACHE_HOME"] = _CACHE
+atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 
 #: Real data and models lie beside the checkout, or where this variable says.
 SHARED = Path(os.environ.get("SECATEUR_SHARED", Path(__file__).parents[2] / "shared"))

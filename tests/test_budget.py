@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.solvers.budget import Curve, LazyValues, share_out, threshold_search
+from secateur.solvers.budget import Curve, LazyValues, in_units, share_out, threshold_search
 
 # ---- share_out -------------------------------------------------------------------------------
 
@@ -315,3 +315,19 @@ def test_cost_that_jumps() -> None:
     curves = {"a": Curve([0, 8, 9], [0.0, 1.0, 2.0])}
     assert threshold_search(curves, removed, 35)[0] == {"a": 3}
     assert threshold_search(curves, removed, 130)[0] == {"a": 4}
+
+
+@given(
+    parts=st.dictionaries(st.integers(0, 60), st.integers(0, 10_000), max_size=40),
+    unit=st.integers(1, 500),
+)
+def test_parts_in_units_keep_the_total(parts: dict[int, int], unit: int) -> None:
+    rounded = in_units(parts, unit)
+    assert rounded.keys() == parts.keys()
+    assert all(part % unit == 0 and part >= 0 for part in rounded.values())
+    assert all(abs(rounded[name] - parts[name]) <= unit for name in parts)
+    assert abs(sum(rounded.values()) - sum(parts.values())) <= unit / 2
+
+
+def test_a_unit_of_one_changes_nothing() -> None:
+    assert in_units({3: 7, 5: 11}, 1) == {3: 7, 5: 11}

@@ -165,9 +165,10 @@ def test_yaml_blocks_that_are_recipes_load(page: Path, tmp_path: Path) -> None:
             get_method(recipe.method, recipe.options)
 
 
-@pytest.mark.xfail(UNFINISHED, reason="README.md is being written", raises=AssertionError)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_lead_somewhere(page: Path, request: pytest.FixtureRequest) -> None:
+    if page.name == "README.md" and UNFINISHED:
+        request.applymarker(pytest.mark.xfail(reason="it is being written"))
     for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if not re.match(r"[a-z]+:", link):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"

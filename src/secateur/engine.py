@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from secateur.boundaries import Boundaries
-from secateur.errors import RecipeError
+from secateur.errors import RecipeError, SourceError
 from secateur.methods import Block, Method, Quotas
 from secateur.plans import BlockCut, Plan, Tensors, mask_block
 from secateur.progress import Progress
+from secateur.solvers.budget import in_units
 from secateur.statistics import gather_moments
 from secateur.streaming import Stream
 
@@ -90,6 +91,11 @@ class Engine:
                     with self.stream.block(layer) as module:
                         out = self.stream.forward_block(layer, module, hidden)
                     importances[layer] = self.method.layer_importance(hidden, out)
+                    if not math.isfinite(importances[layer]):
+                        raise SourceError(
+                            f"block {layer} puts out NaN or infinite values on the calibration "
+                            "text: check the weights, or try other text with --calibration"
+                        )
                     hidden = out
                     self.progress.step(f"block {layer} importance {importances[layer]:.4f}")
                 self.progress.finish()
@@ -168,7 +174,8 @@ class Engine:
         """
         anatomy = self.stream.anatomy
         rest = self.to_remove - len(choice.removed) * anatomy.block_parameters
-        return self.method.quotas(anatomy, choice.importances, max(0, rest))
+        exact = self.method.quotas(anatomy, choice.importances, max(0, rest))
+        return in_units(exact, self.method.unit(anatomy))
 
     # ---- inside the blocks -------------------------------------------------------------------
 
@@ -240,7 +247,13 @@ class Engine:
         weights = {name: module.get_parameter(f"{name}.weight").detach() for name in anatomy.denses}
         generator = torch.Generator().manual_seed(self.seed * 100_003 + layer)
         block = Block(layer, anatomy, weights, moments, generator)
-        cut = self.method.cut(block, quota)
+        try:
+            cut = self.method.cut(block, quota)
+        except ArithmeticError as error:
+            raise SourceError(
+                f"block {layer} cannot be cut: {error}; its activations on the calibration text "
+                "are not finite: check the weights, or try other text with --calibration"
+            ) from error
         for named in (cut.inputs, cut.scales, cut.rows):
             named.update({name: tensor.cpu() for name, tensor in named.items()})
         return cut, out

@@ -75,6 +75,10 @@ class Method(ABC):
             RecipeError: the blocks cannot lose that much.
         """
 
+    def unit(self, anatomy: Anatomy) -> int:
+        """Parameters of the smallest piece that can go; quotas are made multiples of it."""
+        return 1
+
     @abstractmethod
     def cut(self, block: Block, quota: int) -> BlockCut:
         """Choose what stays of one block so that ``quota`` parameters go."""

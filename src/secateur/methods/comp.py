@@ -115,6 +115,14 @@ class Comp(Method):
         shared = share_out(total, weights, dict.fromkeys(prunable, cap))
         return {i: shared.get(i, 0) for i in layers}
 
+    def unit(self, anatomy: Anatomy) -> int:
+        """Parameters of one input, where all inputs that may go cost the same; else 1."""
+        denses = self._denses(anatomy)
+        if len(denses) > 1:
+            return 1
+        inputs = anatomy.denses[denses[0]].inputs
+        return self._removed(anatomy, {denses[0]: torch.arange(inputs - 1)})
+
     def _most_removable(self, anatomy: Anatomy) -> int:
         """Parameters gone if every layer that may lose inputs kept only one."""
         inputs = {n: torch.arange(1) for n in self._denses(anatomy)}
@@ -165,13 +173,14 @@ class Comp(Method):
         cut.rows = live_rows(anatomy, cut.inputs)
         cut.notes = {"threshold": _short(threshold), "error": {}}
         for name, kept_inputs in cut.inputs.items():
-            cut.notes["error"][name] = _short(tuned[name].error(counts[name]))
             if tuned[name].damping > options.damping:
                 cut.notes.setdefault("more_damping", {})[name] = tuned[name].damping
             if options.tune:
                 scales, good = guarded(tuned[name].tuned(counts[name]))
                 cut.scales[name] = scales.to(torch.float32)
-                if not good:
+                if good:
+                    cut.notes["error"][name] = _short(tuned[name].error(counts[name]))
+                else:
                     cut.notes.setdefault("not_tuned", []).append(name)
             cut.inputs[name] = kept_inputs
         return cut

@@ -47,6 +47,21 @@ def share_out(
     return {i: parts[i] for i in weights}
 
 
+def in_units(parts: Mapping[int, int], unit: int) -> dict[int, int]:
+    """``parts`` as multiples of ``unit``, each off by less than one, all together by half of one.
+
+    The running sum is rounded, not each part: rounded one by one, forty blocks could miss the
+    budget by twenty units.
+    """
+    rounded: dict[int, int] = {}
+    total = done = 0
+    for name, part in parts.items():
+        total += part
+        rounded[name] = unit * ((2 * total + unit) // (2 * unit)) - done
+        done += rounded[name]
+    return rounded
+
+
 @dataclass(frozen=True)
 class Curve:
     """Values of a stopping rule at rising numbers of removed inputs.
