@@ -63,13 +63,16 @@ def estimate(
     widths = {d.reads: d.inputs for d in anatomy.denses.values() if d.reads in signals}
     widest = max(widths.values(), default=0)
     ffn = anatomy.ffn_width
-    outside = 4 * anatomy.outside_parameters
+    # Read, rounded to the written type, and back in float32: two and a half copies.
+    outside = 10 * anatomy.outside_parameters
     logits = 4 * 3 * vocabulary * min(length, TOKENS_PER_HEAD_CALL)
-    block = 4 * 3 * anatomy.block_parameters
+    block = 4 * 6 * anatomy.block_parameters  # in the module, as read, masked, sliced
     grams = 8 * sum(w * w for w in widths.values()) + 8 * (GRAM_COPIES - 1) * widest * widest
     parts = {
         "program": BASE + overhead,
-        "weights and matrices": max(block + grams, outside + logits),
+        "a block and its matrices": block + grams,
+        # Added, though the two are never needed together: freed memory is not all given back.
+        "embeddings and logits": outside + logits,
         "activations": 4 * batch * (3 * ffn + 6 * hidden) + 4 * tokens * hidden * 3,
         "block boundaries": 4 * tokens * hidden * (anatomy.layers + 1),
     }
