@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TextIO
 
@@ -19,6 +20,18 @@ def process_memory() -> int:
 
     info = psutil.Process().memory_info()
     return int(info.rss - getattr(info, "shared", 0))
+
+
+def give_back_memory() -> None:
+    """Ask the C library to return freed memory to the system, where it can.
+
+    Blocks come and go between activations that stay, which leaves holes that grow with depth:
+    at 32 blocks of 50 MB the process held 0.6 GB that nobody used.
+    """
+    import ctypes
+
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from torch import nn
 from secateur.anatomy import Anatomy, describe
 from secateur.checkpoint import Checkpoint
 from secateur.errors import RecipeError, SourceError
+from secateur.progress import give_back_memory
 
 #: Tokens that pass a block in one call. Bounds the FFN's activations to a few tens of MB.
 TOKENS_PER_CALL = 4096
@@ -126,6 +127,7 @@ class Stream:
             yield module
         finally:
             _drop_weights(module)
+            give_back_memory()
 
     @contextmanager
     def _outside(self, rounded: torch.dtype | None) -> Iterator[None]:
@@ -143,6 +145,7 @@ class Stream:
             for name, child in self.model.named_modules():
                 if not name.startswith(self._prefix):
                     _drop_weights(child, recurse=False)
+            give_back_memory()
 
     # ---- running -----------------------------------------------------------------------------
 
