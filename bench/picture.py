@@ -38,7 +38,7 @@ def main(record_path: str, picture: str) -> None:
     kept = sorted(importances)
     other.plot(kept, [importances[i] for i in kept], "o-", color=INK, markersize=3, linewidth=1)
     other.set_ylabel("importance, 1 - cos(input, output)", color=INK)
-    other.set_ylim(bottom=0)
+    other.set_yscale("log")
     other.spines[["top"]].set_visible(False)
     figure.savefig(picture, metadata={"Date": None})
 
