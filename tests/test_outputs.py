@@ -401,6 +401,21 @@ def test_a_fresh_process_verifies_and_finds_damage(written: Write, tmp_path: Pat
         verify_folder(broken, stream, made.result.plan, torch.float32)
 
 
+def test_what_does_not_fit_in_memory_is_streamed(written: Write, tmp_path: Path) -> None:
+    made = written("opt", "all")
+    stream = Stream(open_checkpoint(made.source))
+    found = verify_folder(made.out, stream, made.result.plan, torch.float32, memory=1)
+    assert found.model_class == "SecateurOPTForCausalLM, streamed"
+    assert found.parameters == made.result.plan.sizes().parameters
+    assert found.max_difference < 1e-4
+
+    broken = tmp_path / "broken"
+    shutil.copytree(made.out, broken)
+    damage(broken, ".2.self_attn.out_proj.weight")
+    with pytest.raises(VerifyError, match="computes something else than its plan"):
+        verify_folder(broken, stream, made.result.plan, torch.float32, memory=1)
+
+
 def test_a_fresh_process_says_why_it_cannot_open(written: Write, tmp_path: Path) -> None:
     made = written("opt", "all")
     stream = Stream(open_checkpoint(made.source))
