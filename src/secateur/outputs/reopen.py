@@ -65,6 +65,7 @@ def streamed(folder: str, reference: str) -> None:
     wanted = load_file(reference)
     tokens, logits = wanted["tokens"], wanted["logits"]
     stream = Stream(open_checkpoint(folder))
+    parameters = sum(p.numel() for p in stream.model.parameters())  # tied ones once
     hidden = stream.embed(tokens)
     for layer in range(stream.anatomy.layers):
         with stream.block(layer) as module:
@@ -78,7 +79,7 @@ def streamed(folder: str, reference: str) -> None:
         "missing": [],
         "unexpected": [],
         "model_class": f"{type(stream.model).__name__}, streamed",
-        "parameters": sum(p.numel() for p in stream.model.parameters()),
+        "parameters": parameters,
     }
     print(json.dumps(result))
 
