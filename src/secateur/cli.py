@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from secateur.errors import INTERRUPTED, one_line
+from secateur.tables import print_blocks, print_result, print_table
 
 if TYPE_CHECKING:
-    from secateur.pipeline import PlanResult
     from secateur.recipe import Recipe
 
 app = typer.Typer(
@@ -163,7 +162,7 @@ def prune(
         trust_remote_code=trust_remote_code,
         progress=for_terminal(),
     )
-    _print_result(result)
+    print_result(result)
     if result.verification is not None:
         print(result.verification.text())
     print(f"written to {result.out}")
@@ -209,8 +208,8 @@ def plan(
         trust_remote_code=trust_remote_code,
         progress=for_terminal(),
     )
-    _print_blocks(result)
-    _print_result(result)
+    print_blocks(result)
+    print_result(result)
 
 
 @app.command()
@@ -249,15 +248,15 @@ def inspect(source: Source, trust_remote_code: Trust = False) -> None:
         ("vocabulary", f"{config.vocab_size:,}"),
         ("tied head", "yes" if config.tie_word_embeddings else "no"),
     ]
-    _print_table(("", ""), rows)
+    print_table(("", ""), rows)
     print()
     parts = sorted(by_part.items(), key=lambda part: -part[1])
-    _print_table(
+    print_table(
         ("part", "parameters", "share"),
         [(name, f"{count:,}", f"{count / total:.1%}") for name, count in parts],
     )
     print()
-    _print_table(
+    print_table(
         ("layer of the first block", "rows", "inputs", "bias", "reads"),
         [
             (d.path, f"{d.rows:,}", f"{d.inputs:,}", "yes" if d.bias else "no", d.reads)
@@ -324,89 +323,6 @@ def demo(
     from secateur.demo import run
 
     run(out, remove, source)
-
-
-# ---- printing --------------------------------------------------------------------------------
-
-
-def _print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    numeric = [
-        bool(rows) and all(row[i][:1].isdigit() or row[i][:1] in "-–" for row in rows)
-        for i in range(len(header))
-    ]
-    for row in [header, *rows] if any(header) else rows:
-        cells = [
-            cell.rjust(w) if right else cell.ljust(w)
-            for cell, w, right in zip(row, widths, numeric, strict=True)
-        ]
-        print("  ".join(cells).rstrip())
-
-
-def _print_blocks(result: PlanResult) -> None:
-    from secateur.plans import block_removed
-
-    anatomy = result.plan.anatomy
-    rows = []
-    for cut in result.plan.blocks:
-        gone = block_removed(anatomy, cut)
-        sizes = ", ".join(
-            f"{name.rsplit('.', 1)[-1]} {shape[0]}x{shape[2]}"
-            for name, shape in result.plan.shapes(cut).items()
-        )
-        rows.append(
-            (
-                str(cut.source),
-                f"{result.choice.importances[cut.source]:.4f}",
-                f"{gone / anatomy.block_parameters:.1%}",
-                sizes or "as it was",
-            )
-        )
-    _print_table(("block", "importance", "removed", "inputs x rows left"), rows)
-    print()
-
-
-def _print_result(result: PlanResult) -> None:
-    plan = result.plan
-    before, after = plan.sizes_before(), plan.sizes()
-    gone = before.parameters - after.parameters
-    _print_table(
-        ("", "before", "after", "removed"),
-        [
-            (
-                "parameters",
-                f"{before.parameters:,}",
-                f"{after.parameters:,}",
-                f"{after.share_removed(before):.2%}",
-            ),
-            (
-                "in decoder blocks",
-                f"{before.decoder:,}",
-                f"{after.decoder:,}",
-                f"{after.decoder_share_removed(before):.2%}",
-            ),
-            (
-                "blocks",
-                str(plan.anatomy.layers),
-                str(len(plan.blocks)),
-                ", ".join(map(str, plan.removed_layers)) or "none",
-            ),
-        ],
-    )
-    off = (gone - result.asked) / before.parameters
-    print(f"asked {result.asked:,} parameters, reached {gone:,} ({off:+.2%} of the model)")
-    if abs(off) > 0.002:
-        print(
-            "the difference is above 0.2 points: "
-            + (
-                "count: columns leaves dead rows out of the target"
-                if gone > result.asked
-                else "no remaining layer could lose another input"
-            )
-        )
-    print(f"weights {result.bytes_written / 1e6:.1f} MB")
-    spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
-    print(f"took {spent}; peak memory {result.peak_memory / 2**20:.0f} MiB")
 
 
 def main() -> None:

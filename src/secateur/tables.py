@@ -1,0 +1,89 @@
+"""Tables that the command line prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from secateur.pipeline import PlanResult
+
+
+def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    numeric = [
+        bool(rows) and all(row[i][:1].isdigit() or row[i][:1] in "-–" for row in rows)
+        for i in range(len(header))
+    ]
+    for row in [header, *rows] if any(header) else rows:
+        cells = [
+            cell.rjust(w) if right else cell.ljust(w)
+            for cell, w, right in zip(row, widths, numeric, strict=True)
+        ]
+        print("  ".join(cells).rstrip())
+
+
+def print_blocks(result: PlanResult) -> None:
+    from secateur.plans import block_removed
+
+    anatomy = result.plan.anatomy
+    rows = []
+    for cut in result.plan.blocks:
+        gone = block_removed(anatomy, cut)
+        sizes = ", ".join(
+            f"{name.rsplit('.', 1)[-1]} {shape[0]}x{shape[2]}"
+            for name, shape in result.plan.shapes(cut).items()
+        )
+        rows.append(
+            (
+                str(cut.source),
+                f"{result.choice.importances[cut.source]:.4f}",
+                f"{gone / anatomy.block_parameters:.1%}",
+                sizes or "as it was",
+            )
+        )
+    print_table(("block", "importance", "removed", "inputs x rows left"), rows)
+    print()
+
+
+def print_result(result: PlanResult) -> None:
+    plan = result.plan
+    before, after = plan.sizes_before(), plan.sizes()
+    gone = before.parameters - after.parameters
+    print_table(
+        ("", "before", "after", "removed"),
+        [
+            (
+                "parameters",
+                f"{before.parameters:,}",
+                f"{after.parameters:,}",
+                f"{after.share_removed(before):.2%}",
+            ),
+            (
+                "in decoder blocks",
+                f"{before.decoder:,}",
+                f"{after.decoder:,}",
+                f"{after.decoder_share_removed(before):.2%}",
+            ),
+            (
+                "blocks",
+                str(plan.anatomy.layers),
+                str(len(plan.blocks)),
+                ", ".join(map(str, plan.removed_layers)) or "none",
+            ),
+        ],
+    )
+    off = (gone - result.asked) / before.parameters
+    print(f"asked {result.asked:,} parameters, reached {gone:,} ({off:+.2%} of the model)")
+    if abs(off) > 0.002:
+        print(
+            "the difference is above 0.2 points: "
+            + (
+                "count: columns leaves dead rows out of the target"
+                if gone > result.asked
+                else "no remaining layer could lose another input"
+            )
+        )
+    print(f"weights {result.bytes_written / 1e6:.1f} MB")
+    spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
+    print(f"took {spent}; peak memory {result.peak_memory / 2**20:.0f} MiB")
