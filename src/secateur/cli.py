@@ -94,12 +94,7 @@ def _recipe(
         )
         if fields.get(key) is not None
     }  # fmt: skip
-    given = {
-        key: value
-        for key, value in fields.items()
-        if value is not None
-        and key not in ("calibration", "text_field", "data_dir", "samples", "length")
-    }
+    given = {key: value for key, value in fields.items() if value is not None}
     if file is not None:
         return load_recipe(file, **given, calibration=calibration, options=options)
     return make_recipe(**given, calibration=calibration, options=options)

@@ -8,7 +8,7 @@ a sink.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,8 +121,7 @@ class Engine:
         most = self.to_remove // self.stream.anatomy.block_parameters
         counts = self.method.layer_counts(most)
         if len(counts) > 1:
-            best = self._best_count(tokens, counts)
-            count, loss = best
+            count, loss = self._best_count(tokens, counts)
         else:
             count, loss = counts[0], None
         for choice in self.layer_stage(tokens):
@@ -130,8 +129,7 @@ class Engine:
                 return LayerChoice(choice.layers, choice.importances, choice.removed, loss)
         raise AssertionError("the layer stage ends only when nothing is left")
 
-    def _best_count(self, tokens: torch.Tensor, counts: object) -> tuple[int, float]:
-        assert isinstance(counts, range)
+    def _best_count(self, tokens: torch.Tensor, counts: Sequence[int]) -> tuple[int, float]:
         held_out = max(1, math.ceil(0.3 * len(tokens)))
         statistics, probe = tokens[:-held_out], tokens[-held_out:]
         best: tuple[int, torch.Tensor] | None = None
@@ -222,9 +220,7 @@ class Engine:
                 if sink is not None and layer not in done:
                     sink(cut, state)
                 if probed is not None or not identical:
-                    masked = mask_block(state, cut, self.dtype)
-                    masked = {k: v.to(self.stream.device) for k, v in masked.items()}
-                    module.load_state_dict(masked, assign=True)
+                    _load_masked(self.stream, module, state, cut, self.dtype)
                     if probed is not None:
                         probed = self.stream.forward_block(layer, module, probed)
                     if not identical:
@@ -269,11 +265,17 @@ def masked_hidden(
     hidden = stream.embed(tokens, dtype)
     for cut in plan.blocks:
         with stream.block(cut.source) as module:
-            masked = mask_block(_state(module), cut, dtype)
-            masked = {k: v.to(stream.device) for k, v in masked.items()}
-            module.load_state_dict(masked, assign=True)
+            _load_masked(stream, module, _state(module), cut, dtype)
             hidden = stream.forward_block(cut.source, module, hidden)
     return hidden
+
+
+def _load_masked(
+    stream: Stream, module: torch.nn.Module, state: Tensors, cut: BlockCut, dtype: torch.dtype
+) -> None:
+    """Put ``state`` with ``cut`` as zeros and scales into the block at hand."""
+    masked = mask_block(state, cut, dtype)
+    module.load_state_dict({k: v.to(stream.device) for k, v in masked.items()}, assign=True)
 
 
 def _state(module: torch.nn.Module) -> Tensors:

@@ -190,6 +190,23 @@ class Stream:
             parts.append(out[0] if isinstance(out, tuple) else out)
         return torch.cat(parts)
 
+    def forward(
+        self, tokens: torch.Tensor, after: Callable[[int], None] | None = None
+    ) -> torch.Tensor:
+        """Hidden state (windows, length, hidden) behind the last block, one block at a time.
+
+        Args:
+            tokens: (windows, length).
+            after: called with the number of each block that is done.
+        """
+        hidden = self.embed(tokens)
+        for layer in range(self.anatomy.layers):
+            with self.block(layer) as module:
+                hidden = self.forward_block(layer, module, hidden)
+            if after is not None:
+                after(layer)
+        return hidden
+
     @torch.no_grad()
     def _head_pieces(
         self, hidden: torch.Tensor, tokens: torch.Tensor, dtype: torch.dtype | None = None

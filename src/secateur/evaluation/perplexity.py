@@ -82,13 +82,8 @@ def evaluate(
 def perplexity_of(stream: Stream, windows: Windows, progress: Progress) -> float:
     """Perplexity over given windows."""
     tokens = windows.tokens
-    layers = stream.anatomy.layers
-    progress.stage("perplexity", layers)
-    hidden = stream.embed(tokens)
-    for layer in range(layers):
-        with stream.block(layer) as module:
-            hidden = stream.forward_block(layer, module, hidden)
-        progress.step(f"block {layer}")
+    progress.stage("perplexity", stream.anatomy.layers)
+    hidden = stream.forward(tokens, lambda layer: progress.step(f"block {layer}"))
     losses = stream.losses(hidden, tokens)
     progress.finish()
     return math.exp(float(losses.mean()))

@@ -66,10 +66,7 @@ def streamed(folder: str, reference: str) -> None:
     tokens, logits = wanted["tokens"], wanted["logits"]
     stream = Stream(open_checkpoint(folder))
     parameters = sum(p.numel() for p in stream.model.parameters())  # tied ones once
-    hidden = stream.embed(tokens)
-    for layer in range(stream.anatomy.layers):
-        with stream.block(layer) as module:
-            hidden = stream.forward_block(layer, module, hidden)
+    hidden = stream.forward(tokens)
     got: list[torch.Tensor] = []
     stream.head(hidden, tokens, lambda _, window: got.append(window))
     result = {
