@@ -23,6 +23,7 @@ import yaml
 from secateur.calibration import consecutive_windows, draw_windows, load_text
 from secateur.checkpoint import open_checkpoint
 from secateur.engine import Engine
+from secateur.forms import Form
 from secateur.methods import get_method
 from secateur.progress import Progress
 from secateur.streaming import Stream
@@ -78,7 +79,12 @@ def main() -> None:
         windows = draw_windows(
             calibration, checkpoint.tokenizer, samples=samples, length=length, seed=seed
         )
-        method = get_method(str(options.pop("method", "comp")), options)
+        form = Form(
+            options.pop("structure", "inputs" if "denses" in options else "coupled"),
+            options.pop("layout", "per-layer"),
+            int(options.pop("round_to", 1)),
+        )
+        method = get_method(str(options.pop("method", "comp")), options, form)
         engine = Engine(
             stream,
             method,

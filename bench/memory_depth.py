@@ -20,7 +20,7 @@ SAMPLES, LENGTH = 10, 128
 
 PRUNE = """
 import json, sys
-from secateur.pipeline import prune
+from secateur.pruning import prune
 from secateur.recipe import make_recipe
 recipe = make_recipe(remove="20%%", of="decoder", options={"layers": 1, "exempt_first": 0,
                      "exempt_last": 0}, calibration={"samples": %d, "length": %d})

@@ -103,7 +103,7 @@ def folder(tmp_path: Path, llama: Path) -> Path:
 def no_verification(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reopening in a fresh process takes seconds, and is tested elsewhere."""
     done = Verification(0.0, 1.0, "NotOpened", 0)
-    monkeypatch.setattr("secateur.pipeline.verify_folder", lambda *_, **__: done)
+    monkeypatch.setattr("secateur.pruning.verify_folder", lambda *_, **__: done)
 
 
 def nothing_written(out: Path) -> bool:
@@ -844,7 +844,8 @@ def test_no_arguments_show_help(run: Run) -> None:
 
 RECIPES: dict[str, tuple[str, str]] = {
     "unknown field": ("remove: 5%\nspeed: 2", "recipe field speed is not known: allowed are "
-                      "remove, params, size, of, method, options, calibration, seed, dtype"),
+                      "remove, params, size, of, method, options, calibration, structure, layout, "
+                      "round_to, seed, dtype"),
     "unknown calibration": (
         "remove: 5%\ncalibration: {windows: 2}",
         "recipe field calibration.windows is not known: allowed are source, samples, length, "
@@ -989,7 +990,7 @@ def test_output_may_lie_beside_a_gguf_file(run: Run, tmp_path: Path, no_verifica
     path = write_gguf(tmp_path / "m.gguf", tiny.make_model("llama-gqa-tied"))
     assert run("prune", path, "--out", tmp_path / "pruned", *SMALL).code == 0
     run("prune", path, "--out", path, *SMALL).refused(
-        f"output {path} is a file: give a folder that does not exist yet"
+        f"output {path} exists: choose another --out, or remove it first"
     )
 
 
@@ -1221,11 +1222,11 @@ def test_full_disk_as_safetensors_tells_it(run: Run, llama: Path, out: Path) -> 
 
 REAL_DISK = """
 import os, subprocess, sys
-from secateur import cli, pipeline
+from secateur import cli, pruning
 from secateur.outputs.verify import Verification
 
 disk, source = sys.argv[1:]
-pipeline.verify_folder = lambda *_, **__: Verification(0.0, 1.0, "NotOpened", 0)
+pruning.verify_folder = lambda *_, **__: Verification(0.0, 1.0, "NotOpened", 0)
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=72k", "tmpfs", disk], check=True)
 for _ in range(2):
     sys.argv = ["secateur", "prune", source, "--out", f"{disk}/out", *%r]

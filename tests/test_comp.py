@@ -18,6 +18,7 @@ from literal_comp import literal_neuron_stage
 
 from secateur.anatomy import Anatomy, describe
 from secateur.errors import RecipeError
+from secateur.forms import Form
 from secateur.methods import Block, get_method, method_names
 from secateur.methods.comp import Comp
 from secateur.plans import BlockCut, Plan, Tensors, live_rows, mask_block, slice_block
@@ -87,8 +88,9 @@ def sample(name: str) -> Sample:
     return Sample(anatomy, block.state_dict(), moments, seen[0])
 
 
-def comp(**options: Any) -> Comp:
-    method = get_method("comp", options)
+def comp(form: Form | None = None, **options: Any) -> Comp:
+    """COMP on inputs of layers, its own form, unless another is given."""
+    method = get_method("comp", {"denses": "neurons", **options}, form or Form("inputs"))
     assert isinstance(method, Comp)
     return method
 

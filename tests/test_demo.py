@@ -16,7 +16,7 @@ import pytest
 from secateur import cli, demo
 from secateur.errors import OutputError, SourceError
 from secateur.evaluation import evaluate
-from secateur.pipeline import prune
+from secateur.pruning import prune
 from secateur.recipe import make_recipe
 
 

@@ -13,6 +13,7 @@ from typer.exceptions import TyperException
 from typer.main import get_command
 
 from secateur import cli
+from secateur.cli.options import recipe_of
 from secateur.errors import RecipeError
 from secateur.methods import get_method
 from secateur.recipe import load_recipe, make_recipe
@@ -89,13 +90,13 @@ def check_recipe(given: dict[str, Any]) -> None:
     """The options together make a recipe, and the method takes its settings."""
     names = (
         "remove", "params", "size", "of", "method", "calibration", "text_field", "data_dir",
-        "samples", "length", "seed", "dtype",
+        "samples", "length", "structure", "layout", "round_to", "seed", "dtype",
     )  # fmt: skip
     file = given["recipe"]
     if file is not None and not (ROOT / file).exists():
         return  # a file that the reader makes
     fields = {name: given[name] for name in names}
-    recipe = cli._recipe(
+    recipe = recipe_of(
         None if file is None else ROOT / file, given["layers"], given["settings"], **fields
     )
     get_method(recipe.method, recipe.options)

@@ -31,7 +31,7 @@ from transformers import AutoTokenizer
 import secateur.outputs.verify
 from secateur.checkpoint import writer
 from secateur.errors import SecateurError
-from secateur.pipeline import prune
+from secateur.pruning import prune
 from secateur.recipe import make_recipe
 
 

@@ -22,12 +22,12 @@ from secateur.calibration import consecutive_windows, load_text
 from secateur.checkpoint import open_checkpoint
 from secateur.checkpoint.safetensors_folder import read_header
 from secateur.engine import masked_hidden
-from secateur.errors import VerifyError
+from secateur.errors import RecipeError, VerifyError
 from secateur.evaluation import load_whole
 from secateur.modules import MODELING_FILE, SlicedLinear
 from secateur.outputs.hf import INDEX
 from secateur.outputs.verify import verify_folder
-from secateur.pipeline import PLAN_TENSORS, RECORD, PruneResult, prune
+from secateur.pruning import PLAN_TENSORS, RECORD, PruneResult, prune
 from secateur.recipe import Recipe, make_recipe
 from secateur.streaming import Stream
 
@@ -36,14 +36,19 @@ Folder = Callable[[str], Path]
 #: name -> (share of the decoder, options). ``stock`` ones must need no code of ours.
 EVERYWHERE: dict[str, Any] = {"exempt_first": 0, "exempt_last": 0, "layers": 0, "grid": 8}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "layers": ("25%", {"layers": 1}),
-    "neurons": ("10%", {"layers": 0}),
+    "layers": ("25%", {"layers": 1, "denses": "neurons"}),
+    "neurons": ("10%", {"layers": 0, "denses": "neurons"}),
     "outputs": ("20%", {**EVERYWHERE, "denses": "outputs"}),
     "all": ("30%", {**EVERYWHERE, "denses": "all"}),
-    "width": ("20%", {**EVERYWHERE, "shares": "uniform"}),
+    "width": ("20%", {**EVERYWHERE, "groups": "keep"}),
     "layers and all": ("45%", {**EVERYWHERE, "denses": "all", "layers": 1}),
+    "coupled": ("40%", {**EVERYWHERE, "allocation": "variance"}),
+    "one group": ("50%", {**EVERYWHERE, "groups": 1}),
+    "uniform group": ("50%", {**EVERYWHERE, "groups": 1, "layers": 1}),
 }
-STOCK = ("layers", "width")
+#: Variants with one width for all blocks; stock classes must need no code of ours for them.
+UNIFORM = ("width", "uniform group")
+STOCK = ("layers", *UNIFORM)
 SHORT = {"samples": 4, "length": 24}
 
 
@@ -97,7 +102,14 @@ def written(tmp_path_factory: pytest.TempPathFactory, model_folder: Folder) -> W
 
 def recipe_of(variant: str, dtype: str = "auto") -> Recipe:
     share, options = VARIANTS[variant]
-    return make_recipe(remove=share, of="decoder", options=options, calibration=SHORT, dtype=dtype)
+    return make_recipe(
+        remove=share,
+        of="decoder",
+        options=options,
+        calibration=SHORT,
+        dtype=dtype,
+        layout="uniform" if variant in UNIFORM else "auto",
+    )
 
 
 def reopen(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
@@ -144,6 +156,14 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_round_trip(name: str, variant: str, written: Write) -> None:
+    if variant == "uniform group" and name.startswith("opt"):
+        with pytest.raises(RecipeError) as caught:
+            written(name, variant)
+        assert str(caught.value) == (
+            "groups is 1, but the stock class of opt holds 4 KV groups: choose one of these, auto "
+            "or keep"
+        )
+        return
     made = written(name, variant)
     plan, config = made.result.plan, made.config
     model = reopen(made.out)
@@ -165,7 +185,7 @@ def test_round_trip(name: str, variant: str, written: Write) -> None:
         assert config["model_type"] == "secateur_" + plan.anatomy.model_type
         assert (made.out / MODELING_FILE).is_file()
     assert config["num_hidden_layers"] == len(plan.blocks)
-    assert len(plan.removed_layers) == (1 if variant.startswith("layers") else 0)
+    assert len(plan.removed_layers) == VARIANTS[variant][1].get("layers", 0)
 
     # Sizes: the plan, the opened model, the files and the report agree.
     sizes = plan.sizes()
@@ -430,7 +450,7 @@ def test_prune_verifies_before_the_folder_gets_its_name(
     model_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A result that fails its check stays in the work folder, and the same call tells again."""
-    from secateur import pipeline
+    from secateur import pruning
 
     seen = []
 
@@ -438,7 +458,7 @@ def test_prune_verifies_before_the_folder_gets_its_name(
         seen.append(folder)
         raise VerifyError("it computes something else")
 
-    monkeypatch.setattr(pipeline, "verify_folder", refuse)
+    monkeypatch.setattr(pruning, "verify_folder", refuse)
     out = tmp_path / "out"
     for _ in range(2):
         with pytest.raises(VerifyError):

@@ -18,8 +18,9 @@ from secateur.calibration import draw_windows, load_text
 from secateur.checkpoint import open_checkpoint
 from secateur.checkpoint.safetensors_folder import read_header
 from secateur.errors import CalibrationError, OutputError, RecipeError, SourceError
-from secateur.pipeline import RECORD, make_plan, prune
+from secateur.pipeline import make_plan
 from secateur.plans import Plan
+from secateur.pruning import RECORD, prune
 from secateur.recipe import Recipe, make_recipe
 
 Folder = Callable[[str], Path]

@@ -349,16 +349,17 @@ def ffn(source: int, width: int, **more: torch.Tensor) -> BlockCut:
         ([BlockCut(0, {"self_attn.q_proj": torch.arange(32)}), BlockCut(1)], 48),
     ],
 )
-def test_uniform_ffn_width(blocks: list[BlockCut], width: int | None) -> None:
+def test_uniform_widths(blocks: list[BlockCut], width: int | None) -> None:
     _, anatomy = model_of("llama-gqa-tied")
-    assert Plan(anatomy, blocks).uniform_ffn_width == width
+    found = Plan(anatomy, blocks).uniform
+    assert (found.ffn if found else None) == width
 
 
 def test_uniform_width_means_that_stock_classes_hold_it() -> None:
     model, anatomy = model_of("llama-gqa-tied")
     plan = Plan(anatomy, [ffn(0, 20), ffn(1, 20)])
     config = copy.deepcopy(model.config)
-    config.intermediate_size = plan.uniform_ffn_width
+    config.intermediate_size = plan.uniform.ffn
     stock = type(model)(config)
     for block, cut in zip(blocks_of(stock, anatomy), plan.blocks, strict=True):
         state = blocks_of(model, anatomy)[cut.source].state_dict()

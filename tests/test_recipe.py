@@ -115,7 +115,7 @@ def test_recipes_of_the_repository_are_valid() -> None:
         (
             {"remove": "1%", "seeds": 1},
             "recipe field seeds is not known: allowed are remove, params, size, of, method, "
-            "options, calibration, seed, dtype",
+            "options, calibration, structure, layout, round_to, seed, dtype",
         ),
         (
             {"remove": "1%", "calibration": {"windows": 1}},

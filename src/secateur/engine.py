@@ -16,7 +16,7 @@ import torch
 from secateur.boundaries import Boundaries
 from secateur.errors import RecipeError, SourceError
 from secateur.methods import Block, Method, Quotas
-from secateur.plans import BlockCut, Plan, Tensors, mask_block
+from secateur.plans import BlockCut, Plan, Tensors, block_removed, mask_block
 from secateur.progress import Progress
 from secateur.solvers.budget import in_units
 from secateur.statistics import gather_moments
@@ -130,8 +130,7 @@ class Engine:
         raise AssertionError("the layer stage ends only when nothing is left")
 
     def _best_count(self, tokens: torch.Tensor, counts: Sequence[int]) -> tuple[int, float]:
-        held_out = max(1, math.ceil(0.3 * len(tokens)))
-        statistics, probe = tokens[:-held_out], tokens[-held_out:]
+        statistics, probe = _held_out(tokens)
         best: tuple[int, torch.Tensor] | None = None
         refused: RecipeError | None = None
         for choice in self.layer_stage(statistics):
@@ -156,6 +155,12 @@ class Engine:
             assert refused is not None
             raise refused
         return best[0], float(best[1].mean())
+
+    def held_out_loss(self, choice: LayerChoice, tokens: torch.Tensor) -> float:
+        """Mean loss on windows kept out of the statistics, with these blocks left."""
+        statistics, probe = _held_out(tokens)
+        losses = self._trial_losses(choice, self.quotas(choice), statistics, probe)
+        return float(losses.mean())
 
     def _trial_losses(
         self, choice: LayerChoice, quotas: Quotas, statistics: torch.Tensor, probe: torch.Tensor
@@ -204,7 +209,11 @@ class Engine:
         hidden = self.stream.embed(tokens)
         probed = self.stream.embed(probe) if probe is not None else None
         last_cut = max((i for i in layers if i not in done), default=-1)
+        missed = 0  # parameters that blocks so far should have lost and have not
         for layer in layers:
+            quota = quotas[layer]
+            if quota and self.method.carries:
+                quota += missed
             if layer > last_cut and probe is None:
                 plan.blocks.append(done[layer])  # nothing behind it needs its output
                 self.progress.step()
@@ -214,8 +223,10 @@ class Engine:
                 if layer in done:
                     cut, out = done[layer], self.stream.forward_block(layer, module, hidden)
                 else:
-                    cut, out = self._cut_block(layer, module, hidden, quotas[layer])
+                    cut, out = self._cut_block(layer, module, hidden, quota)
                 plan.blocks.append(cut)
+                if quotas[layer]:
+                    missed = quota - block_removed(plan.anatomy, cut)
                 state = _state(module)
                 if sink is not None and layer not in done:
                     sink(cut, state)
@@ -236,7 +247,7 @@ class Engine:
         self, layer: int, module: torch.nn.Module, hidden: torch.Tensor, quota: int
     ) -> tuple[BlockCut, torch.Tensor]:
         anatomy = self.stream.anatomy
-        signals = self.method.signals(anatomy) if quota else set()
+        signals = self.method.signals(anatomy) if quota > 0 else set()
         readers = {signal: anatomy.by_signal[signal][0] for signal in sorted(signals)}
         with gather_moments(module, readers) as moments:
             out = self.stream.forward_block(layer, module, hidden)
@@ -252,7 +263,14 @@ class Engine:
             ) from error
         for named in (cut.inputs, cut.scales, cut.rows):
             named.update({name: tensor.cpu() for name, tensor in named.items()})
+        cut.groups = cut.groups.cpu() if cut.groups is not None else None
         return cut, out
+
+
+def _held_out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The windows for statistics, and the last three tenths for judging."""
+    count = max(1, math.ceil(0.3 * len(tokens)))
+    return tokens[:-count], tokens[-count:]
 
 
 def masked_hidden(

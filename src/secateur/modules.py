@@ -86,6 +86,11 @@ def resize_blocks(model: nn.Module, blocks_path: str, shapes: list[dict[str, lis
                 new = SlicedLinear(kept_in, full_in, kept_out, full_out, old.bias is not None)
                 new = new.to(old.weight.device, old.weight.dtype)
             setattr(owner, leaf, new)
+        for part in block.modules():
+            if hasattr(part, "num_heads") and hasattr(part, "head_dim"):
+                # Some attention classes (OPT) count their heads instead of asking the shapes.
+                rows = part.get_submodule("q_proj").out_features
+                part.num_heads = rows // part.head_dim  # type: ignore[operator]
 
 
 # [/shipped]

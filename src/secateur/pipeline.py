@@ -1,9 +1,9 @@
-"""From a source and a recipe to a plan, and from a plan to a folder that opens."""
+"""From a source and a recipe to a plan. What is written of it, :mod:`secateur.pruning` writes."""
 
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +11,18 @@ import torch
 
 import secateur
 from secateur.calibration import Windows, check_vocabulary, draw_windows, load_text
-from secateur.checkpoint import Checkpoint, local_path, open_checkpoint
-from secateur.checkpoint.writer import (
-    Journal,
-    check_output,
-    drop_waste,
-    work_folder,
-    write_bytes,
-    write_json,
-    write_tensors,
-)
+from secateur.checkpoint import Checkpoint, open_checkpoint
 from secateur.engine import Engine, LayerChoice
-from secateur.errors import OutputError, RecipeError, SecateurError, SourceError
+from secateur.errors import RecipeError, SourceError
 from secateur.estimate import Estimate, check_memory, estimate, parse_limit
+from secateur.forms import Form, Target, resolve
 from secateur.methods import Method, get_method
 from secateur.modules import MODEL_TYPE_PREFIX
 from secateur.outputs import hf
-from secateur.outputs.card import model_card
-from secateur.outputs.verify import Verification, verify_folder
-from secateur.plans import BlockCut, Plan, Tensors
+from secateur.plans import Plan
 from secateur.progress import PeakMemory, Progress
 from secateur.recipe import Recipe, parameters_to_remove
 from secateur.streaming import Stream, check_device
-
-RECORD = "secateur.json"
-PLAN_TENSORS = "secateur_plan.safetensors"
 
 
 @dataclass(frozen=True)
@@ -45,6 +32,8 @@ class PlanResult:
     Attributes:
         plan: what stays.
         asked: parameters that were to go.
+        form: what could be cut, and in which widths.
+        layout_cost: with uniform widths, the held-out loss of both layouts.
         choice: the layer stage's outcome.
         trials: held-out loss by number of removed blocks, where that was chosen.
         bytes_written: of the weights in the output's type.
@@ -54,6 +43,8 @@ class PlanResult:
 
     plan: Plan
     asked: int
+    form: Form
+    layout_cost: dict[str, float] | None
     choice: LayerChoice
     trials: list[dict[str, float]]
     bytes_written: int
@@ -62,15 +53,7 @@ class PlanResult:
     peak_memory: int
 
 
-@dataclass(frozen=True)
-class PruneResult(PlanResult):
-    """A written model: where it is and what the fresh process said."""
-
-    out: Path = field(default=Path())
-    verification: Verification | None = None
-
-
-class _Run:
+class Run:
     """What ``plan`` and ``prune`` share: everything up to the neuron stage."""
 
     def __init__(
@@ -82,19 +65,23 @@ class _Run:
         max_memory: str | None,
         trust_remote_code: bool,
         progress: Progress,
+        target: Target | None = None,
     ) -> None:
         self.recipe = recipe
         self.progress = progress
+        self.target = target or Target()
         self.checkpoint: Checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
         if str(self.checkpoint.config.model_type).startswith(MODEL_TYPE_PREFIX):
             raise SourceError(
                 f"source {source} has been pruned to different sizes in each block already: prune "
                 "the original with a larger --remove instead"
             )
-        self.method: Method = get_method(recipe.method, recipe.options)
         self.stream = Stream(self.checkpoint, check_device(device))
+        self.form = self._form()
+        self.method: Method = get_method(recipe.method, recipe.options, self.form)
         self.dtype = self.checkpoint.dtype if recipe.dtype == "auto" else _dtype(recipe.dtype)
         anatomy = self.stream.anatomy
+        self.method.check(anatomy)
         self.asked = parameters_to_remove(
             recipe,
             parameters=anatomy.parameters,
@@ -127,6 +114,41 @@ class _Run:
             progress=progress,
         )
 
+    def _form(self) -> Form:
+        anatomy = self.stream.anatomy
+        return resolve(
+            self.recipe,
+            anatomy,
+            self.target,
+            tied=bool(self.checkpoint.config.tie_word_embeddings),
+            stock_groups=hf.stock_groups(self.checkpoint, anatomy),
+        )
+
+    def layout_cost(self, choice: LayerChoice) -> dict[str, float] | None:
+        """Loss on held-out windows with widths of each block's own, and with one for all.
+
+        None where the layout is not uniform: then nothing has been given up.
+        """
+        if not self.form.uniform:
+            return None
+        free = get_method(
+            self.recipe.method,
+            self.recipe.options,
+            replace(self.form, layout="per-layer", groups=None),
+        )
+        losses = {}
+        for layout, method in (("per-layer", free), ("uniform", self.method)):
+            engine = Engine(
+                self.stream,
+                method,
+                to_remove=self.asked,
+                seed=self.recipe.seed,
+                dtype=self.dtype,
+                progress=self.progress,
+            )
+            losses[layout] = round(engine.held_out_loss(choice, self.windows.tokens), 6)
+        return losses
+
     def _calibrate(self) -> Windows:
         spec = self.recipe.calibration
         longest = getattr(self.checkpoint.config, "max_position_embeddings", None)
@@ -156,9 +178,16 @@ class _Run:
             "versions": versions(),
             "threads": torch.get_num_threads(),
             "device": str(self.stream.device),
+            "target": [self.target.kind, self.target.weights],
         }
 
-    def record(self, plan: Plan, choice: LayerChoice, trials: list[dict[str, float]]) -> Any:
+    def record(
+        self,
+        plan: Plan,
+        choice: LayerChoice,
+        trials: list[dict[str, float]],
+        layout_cost: dict[str, float] | None,
+    ) -> Any:
         """The content of ``secateur.json``. Nothing here depends on time or place."""
         before, after = plan.sizes_before(), plan.sizes()
         return {
@@ -179,12 +208,23 @@ class _Run:
                 "removed_in_order": choice.removed,
                 "trials": trials,
             },
+            "form": {
+                "structure": self.form.structure,
+                "layout": self.form.layout,
+                "round_to": self.form.multiple,
+                "why": self.form.reason,
+                **({"held_out_loss": layout_cost} if layout_cost else {}),
+            },
             "plan": plan.summary(),
         }
 
-    def result_fields(self, plan: Plan, choice: LayerChoice, peak: int) -> dict[str, Any]:
+    def result_fields(
+        self, plan: Plan, choice: LayerChoice, layout_cost: dict[str, float] | None, peak: int
+    ) -> dict[str, Any]:
         return {
             "plan": plan,
+            "form": self.form,
+            "layout_cost": layout_cost,
             "asked": self.asked,
             "choice": choice,
             "trials": self.engine.trials,
@@ -218,7 +258,7 @@ def make_plan(
         SecateurError: for everything that a user can mend.
     """
     with PeakMemory() as memory:
-        run = _Run(
+        run = Run(
             source,
             recipe,
             device=device,
@@ -228,195 +268,9 @@ def make_plan(
         )
         tokens = run.windows.tokens
         choice = run.engine.choose_layers(tokens)
+        cost = run.layout_cost(choice)
         plan = run.engine.neuron_stage(choice.layers, run.engine.quotas(choice), tokens)
-    return PlanResult(**run.result_fields(plan, choice, memory.peak))
-
-
-def prune(
-    source: str | Path,
-    out: str | Path,
-    recipe: Recipe,
-    *,
-    device: str = "cpu",
-    max_memory: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-    verify: bool = True,
-) -> PruneResult:
-    """Prune ``source`` by ``recipe`` and write the result to the folder ``out``.
-
-    Work goes on in ``OUT.partial``; after a kill the same call continues behind the last finished
-    block, and ends in the same bytes. See :func:`make_plan` for the other arguments.
-
-    Args:
-        verify: reopen the result in a fresh process and compare logits before it gets its name.
-
-    Raises:
-        SecateurError: for everything that a user can mend.
-    """
-    target = local_path(out).resolve()
-    progress = progress or Progress()
-    with PeakMemory() as memory:
-        drop_waste(target)
-        finished = _moved_but_not_cleaned(target)
-        if not finished:
-            check_output(target, local_path(source))
-        run = _Run(
-            source,
-            recipe,
-            device=device,
-            max_memory=max_memory,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-        journal = Journal(target, run.identity())
-        try:
-            if finished:
-                check_output_of(target, journal)
-            plan, choice = _write(run, journal)
-            verification = _verified(run, journal, plan) if verify else None
-            journal.finish()
-        except SecateurError:
-            journal.drop_if_fruitless()  # it would be in the way of the mended command
-            raise
-        finally:
-            journal.close()
-    return PruneResult(
-        **run.result_fields(plan, choice, memory.peak), out=target, verification=verification
-    )
-
-
-def _write(run: _Run, journal: Journal) -> tuple[Plan, LayerChoice]:
-    """All files of the model in the journal's work folder."""
-    choice = _layer_choice(run, journal)
-    quotas = run.engine.quotas(choice)
-    blocks = len(choice.layers)
-    plan = Plan(run.stream.anatomy, [])
-    done = _finished_blocks(journal)
-    if done:
-        run.progress.note(f"continuing: {len(done)} of {blocks} blocks are finished")
-
-    def sink(cut: BlockCut, state: Tensors) -> None:
-        number = choice.layers.index(cut.source)
-        digest = hf.write_block(
-            journal.model, plan, cut, state, number=number, blocks=blocks, dtype=run.dtype
-        )
-        write_tensors(_cut_file(journal, cut.source), cut.tensors())
-        journal.add("block", {"source": cut.source, "sha256": digest, "notes": cut.notes})
-        _check_unchanged(run, journal)
-
-    if journal.find("files") is None:
-        plan = run.engine.neuron_stage(
-            choice.layers, quotas, run.windows.tokens, sink=sink, done=done
-        )
-        _write_rest(run, journal, plan, choice)
-        _check_unchanged(run, journal)
-        journal.add("files", {})
-    else:
-        plan.blocks.extend(done[layer] for layer in choice.layers)
-    return plan, choice
-
-
-def _layer_choice(run: _Run, journal: Journal) -> LayerChoice:
-    found = journal.find("layers")
-    if found is None:
-        choice = run.engine.choose_layers(run.windows.tokens)
-        found = {
-            "layers": choice.layers,
-            "importances": [choice.importances[i] for i in choice.layers],
-            "removed": choice.removed,
-            "loss": choice.held_out_loss,
-            "trials": run.engine.trials,
-        }
-        journal.add("layers", found)
-    run.engine.trials = found["trials"]
-    importances = dict(zip(found["layers"], found["importances"], strict=True))
-    return LayerChoice(found["layers"], importances, found["removed"], found["loss"])
-
-
-def _check_unchanged(run: _Run, journal: Journal) -> None:
-    """Whether the source is still the one of the journal's first line.
-
-    Raises:
-        SourceError: it has been written to since.
-    """
-    if run.checkpoint.state() != journal.entries[0]["value"]["source_files"]:
-        raise SourceError(
-            f"source {run.checkpoint.source} changed while it was read: the finished blocks "
-            f"are of no use; remove {journal.folder} and start again"
-        )
-
-
-def _cut_file(journal: Journal, source: int) -> Path:
-    return journal.folder / f"cut-{source:05d}.safetensors"
-
-
-def _finished_blocks(journal: Journal) -> dict[int, BlockCut]:
-    from safetensors.torch import load_file
-
-    done: dict[int, BlockCut] = {}
-    for entry in journal.entries:
-        if entry["kind"] == "block":
-            source = entry["value"]["source"]
-            tensors = load_file(_cut_file(journal, source))
-            done[source] = BlockCut.of(source, tensors, entry["value"]["notes"])
-    return done
-
-
-def _write_rest(run: _Run, journal: Journal, plan: Plan, choice: LayerChoice) -> None:
-    folder = journal.model
-    run.progress.stage("writing embeddings, config, tokenizer", 1)
-    outside = run.stream.read_outside()
-    hf.write_outside(folder, outside, blocks=len(plan.blocks), dtype=run.dtype)
-    del outside
-    hf.write_config(folder, run.checkpoint, plan, run.dtype)
-    hf.copy_companions(folder, run.checkpoint)
-    tensors = {
-        f"blocks.{number}.{name}": tensor
-        for number, cut in enumerate(plan.blocks)
-        for name, tensor in cut.tensors().items()
-    }
-    write_tensors(folder / PLAN_TENSORS, tensors)
-    record = run.record(plan, choice, run.engine.trials)
-    write_json(folder / RECORD, record)
-    card = model_card(
-        plan,
-        record,
-        source=run.checkpoint.source,
-        stock=plan.uniform_ffn_width is not None,
-    )
-    write_bytes(folder / "README.md", card.encode())
-    run.progress.step()
-    run.progress.finish()
-
-
-def _verified(run: _Run, journal: Journal, plan: Plan) -> Verification:
-    folder = journal.model if journal.model.is_dir() else journal.out
-    run.progress.stage("verifying in a fresh process", 1)
-    verification = verify_folder(folder, run.stream, plan, run.dtype, memory=run.memory)
-    run.progress.step()
-    run.progress.finish()
-    return verification
-
-
-def _moved_but_not_cleaned(target: Path) -> bool:
-    """Killed between giving the folder its name and dropping the work folder."""
-    work = work_folder(target)
-    moved = not any((work / "model").glob("*"))  # opening the journal makes it again, empty
-    return work.is_dir() and moved and (target / RECORD).is_file()
-
-
-def check_output_of(target: Path, journal: Journal) -> None:
-    """The folder of an earlier run stands; it must be of this journal.
-
-    Raises:
-        OutputError: the journal knows nothing of finished files.
-    """
-    if journal.find("files") is None:
-        raise OutputError(
-            f"output {target} exists and is not empty: choose another --out, or remove it first"
-        )
-    journal.model.rmdir()  # made empty by opening the journal
+    return PlanResult(**run.result_fields(plan, choice, cost, memory.peak))
 
 
 def versions() -> dict[str, str]:
@@ -437,4 +291,4 @@ def _dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
 
 
-__all__ = ["PlanResult", "PruneResult", "make_plan", "prune"]
+__all__ = ["PlanResult", "make_plan"]

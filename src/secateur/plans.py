@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from secateur.anatomy import Anatomy
+from secateur.anatomy import Anatomy, Coupling
 
 Tensors = dict[str, torch.Tensor]
 
@@ -26,6 +26,7 @@ class BlockCut:
         inputs: kept inputs of a linear layer, ascending, (q',) int64.
         scales: factor of each kept input, (q',) float32.
         rows: kept rows of a linear layer, ascending, (p',) int64.
+        groups: kept KV groups, ascending, (g',) int64, where whole groups went; else None.
         notes: what happened, for the report: errors, thresholds, fallbacks.
     """
 
@@ -33,13 +34,15 @@ class BlockCut:
     inputs: Tensors = field(default_factory=dict)
     scales: Tensors = field(default_factory=dict)
     rows: Tensors = field(default_factory=dict)
+    groups: torch.Tensor | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self) -> Tensors:
         """All tensors under flat names, for a file."""
         parts = {"inputs": self.inputs, "scales": self.scales, "rows": self.rows}
         # Coupled layers share one index tensor; a file wants each name to have its own.
-        return {f"{k}.{name}": t.clone() for k, named in parts.items() for name, t in named.items()}
+        flat = {f"{k}.{name}": t.clone() for k, named in parts.items() for name, t in named.items()}
+        return flat if self.groups is None else {**flat, "groups.kept": self.groups.clone()}
 
     @classmethod
     def of(
@@ -49,7 +52,10 @@ class BlockCut:
         cut = cls(source, notes=notes)
         for flat, tensor in tensors.items():
             kind, name = flat.split(".", 1)
-            getattr(cut, kind)[name] = tensor
+            if kind == "groups":
+                cut.groups = tensor
+            else:
+                getattr(cut, kind)[name] = tensor
         return cut
 
 
@@ -65,6 +71,15 @@ class Sizes:
 
     def decoder_share_removed(self, before: Sizes) -> float:
         return 1 - self.decoder / before.decoder if before.decoder else 0.0
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What remains of one block when only whole units went: numbers of heads and neurons."""
+
+    query_heads: int
+    kv_groups: int
+    ffn: int
 
 
 @dataclass
@@ -91,42 +106,41 @@ class Plan:
         """For each cut layer [kept inputs, inputs as they come, kept rows, rows as expected].
 
         Inputs come as they are kept where the rows that feed them have been cut to the same set
-        (FFN neurons); value rows go back to their places, since attention counts on them.
+        (FFN neurons, whole KV groups). Single value rows go back to their places, since attention
+        counts on them.
         """
+        whole = [c for c in self.anatomy.family.couplings if _in_whole_units(c, cut)]
+        fed = {c.consumer for c in whole}
+        feeding = {name for c in whole for name in c.layers} - fed
         found: dict[str, list[int]] = {}
         for name, dense in self.anatomy.denses.items():
             if name not in cut.inputs and name not in cut.rows:
                 continue
             kept_in = len(cut.inputs[name]) if name in cut.inputs else dense.inputs
             kept_out = len(cut.rows[name]) if name in cut.rows else dense.rows
-            feeds = self._fed_compactly(name, cut)
-            full_out = kept_out if self._produces_compactly(name, cut) else dense.rows
-            found[name] = [kept_in, kept_in if feeds else dense.inputs, kept_out, full_out]
+            full_in = kept_in if name in fed else dense.inputs
+            full_out = kept_out if name in feeding else dense.rows
+            found[name] = [kept_in, full_in, kept_out, full_out]
         return found
 
-    def _fed_compactly(self, name: str, cut: BlockCut) -> bool:
-        coupling = self.anatomy.coupling_of(name)
-        return coupling is not None and coupling.kind == "neurons" and name in cut.inputs
-
-    def _produces_compactly(self, name: str, cut: BlockCut) -> bool:
-        return any(
-            name in c.producers and c.kind == "neurons" and c.consumer in cut.inputs
-            for c in self.anatomy.family.couplings
+    def widths(self, cut: BlockCut) -> Widths | None:
+        """Heads and neurons of one block; None where a layer reads or writes through an index."""
+        if any(i != fi or o != fo for i, fi, o, fo in self.shapes(cut).values()):
+            return None
+        anatomy = self.anatomy
+        groups = anatomy.kv_heads if cut.groups is None else len(cut.groups)
+        neurons = cut.inputs.get(anatomy.coupling("neurons").consumer)
+        return Widths(
+            groups * anatomy.heads_per_group,
+            groups,
+            anatomy.ffn_width if neurons is None else len(neurons),
         )
 
     @property
-    def uniform_ffn_width(self) -> int | None:
-        """The common FFN width if stock classes can hold this plan, else None."""
-        widths = set()
-        for cut in self.blocks:
-            for name, (kept_in, full_in, kept_out, full_out) in self.shapes(cut).items():
-                if kept_in != full_in or kept_out != full_out:
-                    return None
-                if self.anatomy.denses[name].reads == "neurons":
-                    widths.add(kept_in)
-            if not any(self.anatomy.denses[n].reads == "neurons" for n in cut.inputs):
-                widths.add(self.anatomy.ffn_width)
-        return widths.pop() if len(widths) == 1 else None
+    def uniform(self) -> Widths | None:
+        """The widths that all blocks have in common, else None."""
+        found = {self.widths(cut) for cut in self.blocks}
+        return found.pop() if len(found) == 1 else None
 
     def sizes(self) -> Sizes:
         """Parameters that are left."""
@@ -161,21 +175,46 @@ class Plan:
         }
 
 
-def live_rows(anatomy: Anatomy, inputs: Mapping[str, torch.Tensor]) -> Tensors:
+def _in_whole_units(coupling: Coupling, cut: BlockCut) -> bool:
+    """Whether the rows that feed ``coupling.consumer`` went together with its inputs."""
+    if coupling.kind == "values":
+        return cut.groups is not None
+    return coupling.consumer in cut.inputs
+
+
+def group_inputs(anatomy: Anatomy, groups: torch.Tensor) -> torch.Tensor:
+    """Inputs of the attention output that these KV groups make, ascending."""
+    return _spread(groups, anatomy.heads_per_group * anatomy.head_size)
+
+
+def _spread(units: torch.Tensor, width: int) -> torch.Tensor:
+    """All places of units that are ``width`` places wide each."""
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
+
+
+def live_rows(
+    anatomy: Anatomy, inputs: Mapping[str, torch.Tensor], groups: torch.Tensor | None = None
+) -> Tensors:
     """Rows that still feed something, for every layer that loses any.
 
     Args:
         inputs: kept inputs by layer.
+        groups: kept KV groups, where whole groups go: their queries and keys go with them.
     """
     rows: Tensors = {}
     for coupling in anatomy.family.couplings:
         kept = inputs.get(coupling.consumer)
         if kept is None:
             continue
+        if coupling.kind == "values" and groups is not None:
+            in_group = _spread(groups, anatomy.head_size)
+            rows |= dict.fromkeys(coupling.queries, kept)
+            rows |= dict.fromkeys((*coupling.keys, *coupling.producers), in_group)
+            continue
         if coupling.kind == "values":
-            heads_per_group = anatomy.query_heads // anatomy.kv_heads
             head, dimension = kept // anatomy.head_size, kept % anatomy.head_size
-            kept = ((head // heads_per_group) * anatomy.head_size + dimension).unique()
+            group = head // anatomy.heads_per_group
+            kept = (group * anatomy.head_size + dimension).unique()
         for producer in coupling.producers:
             if len(kept) < anatomy.denses[producer].rows:
                 rows[producer] = kept

@@ -160,3 +160,14 @@ class LiveProgress(Progress):
 def for_terminal() -> Progress:
     """A live line on a terminal, plain lines elsewhere."""
     return LiveProgress() if sys.stderr.isatty() else PlainProgress()
+
+
+def quiet() -> None:
+    """Silence transformers: its notes and bars would be mixed with ours."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="transformers")

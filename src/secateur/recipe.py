@@ -54,6 +54,21 @@ class Recipe(BaseModel):
         default_factory=dict, description="settings of the method; see its page in docs/"
     )
     calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
+    structure: Literal["auto", "coupled", "inputs"] = Field(
+        "auto",
+        description="what goes inside blocks: coupled (whole KV groups and FFN neurons), or inputs "
+        "(columns of each linear layer, COMP's own form); auto: coupled",
+    )
+    layout: Literal["auto", "per-layer", "uniform"] = Field(
+        "auto",
+        description="widths: per-layer (each block its own), or uniform (all the same, for stock "
+        "classes); auto: per-layer where the output can hold it",
+    )
+    round_to: int | Literal["auto"] = Field(
+        "auto",
+        description="FFN widths are multiples of this: 1, or a multiple of 32; auto: what kernels "
+        "and quantisers like",
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of everything that is drawn")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="type of the written weights; auto: as in the source"
@@ -65,6 +80,15 @@ class Recipe(BaseModel):
         if len(given) != 1:
             said = " and ".join(f"--{name}" for name in given) or "none of them"
             raise ValueError(f"give exactly one of --remove, --params and --size, not {said}")
+        if (
+            isinstance(self.round_to, int)
+            and self.round_to != 1
+            and (self.round_to < 32 or self.round_to % 32)
+        ):
+            raise ValueError(
+                f"--round-to is {self.round_to}: allowed are auto, 1, and multiples of 32, which "
+                "is the smallest piece that kernels and quantisers take; try --round-to 64"
+            )
         if self.of == "decoder" and self.remove is None:
             raise ValueError("--of decoder goes with --remove")
         return self

@@ -116,6 +116,18 @@ class Stream:
             if not name.startswith(self._prefix)
         }
 
+    def stored_parameters(self) -> dict[str, torch.Tensor]:
+        """Every parameter of the model that a file holds, by name, without values; tied ones once.
+
+        Buffers, such as the indices of a gathering layer, are not among them.
+        """
+        wanted = dict(self.model.named_parameters())
+        return {name: wanted[name] for name in wanted if name in self._names}
+
+    def read_tensor(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The values of one parameter by its name in the model."""
+        return self.checkpoint.read(self._names[name], dtype)
+
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """The block with its weights, float as ``dtype``, on ``device``; they go at the end."""

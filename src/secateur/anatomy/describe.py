@@ -76,6 +76,15 @@ class Anatomy:
                 return coupling
         return None
 
+    def coupling(self, kind: str) -> Coupling:
+        """The first coupling of this kind: ``values`` (attention) or ``neurons`` (FFN)."""
+        return next(c for c in self.family.couplings if c.kind == kind)
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one KV group."""
+        return self.query_heads // self.kv_heads
+
     @property
     def ffn_width(self) -> int:
         """Inputs of the layer at whose entry the FFN's neurons stand."""

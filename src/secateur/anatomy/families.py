@@ -35,11 +35,20 @@ class Coupling:
         kind: ``neurons``: input j is made by row j of every producer, and by nothing else.
             ``values``: input j = (query head h, dimension d) is made by row (group of h, d) of the
             value projection; the row is needed while any query head of its group is read there.
+        queries, keys: with ``values``, the layers whose rows go when a whole KV group goes: those
+            of its query heads, and those of the group itself.
     """
 
     consumer: str
     producers: tuple[str, ...]
     kind: Literal["neurons", "values"]
+    queries: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Every layer that a cut of whole units touches."""
+        return (*self.queries, *self.keys, *self.producers, self.consumer)
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,8 @@ class Family:
         couplings: rows that die with the inputs they feed.
         ffn_width: config key of the FFN width.
         heads, kv_heads: config keys of the numbers of query heads and of KV groups.
+        head_size: config key that frees the head size from hidden width / heads; None where the
+            class has no such key, so that the number of heads cannot change in the stock class.
         per_layer: config keys that hold a list with one entry a block.
     """
 
@@ -65,6 +76,7 @@ class Family:
     ffn_width: str = "intermediate_size"
     heads: str = "num_attention_heads"
     kv_heads: str = "num_key_value_heads"
+    head_size: str | None = "head_dim"
     per_layer: tuple[str, ...] = ("layer_types",)
 
 
@@ -83,7 +95,13 @@ FAMILIES: tuple[Family, ...] = (
             Dense("mlp.down_proj", "neurons"),
         ),
         couplings=(
-            Coupling("self_attn.o_proj", ("self_attn.v_proj",), "values"),
+            Coupling(
+                "self_attn.o_proj",
+                ("self_attn.v_proj",),
+                "values",
+                queries=("self_attn.q_proj",),
+                keys=("self_attn.k_proj",),
+            ),
             Coupling("mlp.down_proj", ("mlp.gate_proj", "mlp.up_proj"), "neurons"),
         ),
         per_layer=("layer_types", "no_rope_layers"),
@@ -101,11 +119,18 @@ FAMILIES: tuple[Family, ...] = (
             Dense("fc2", "neurons"),
         ),
         couplings=(
-            Coupling("self_attn.out_proj", ("self_attn.v_proj",), "values"),
+            Coupling(
+                "self_attn.out_proj",
+                ("self_attn.v_proj",),
+                "values",
+                queries=("self_attn.q_proj",),
+                keys=("self_attn.k_proj",),
+            ),
             Coupling("fc2", ("fc1",), "neurons"),
         ),
         ffn_width="ffn_dim",
         kv_heads="num_attention_heads",
+        head_size=None,
         per_layer=(),
     ),
 )

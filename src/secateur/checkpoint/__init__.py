@@ -35,9 +35,9 @@ def open_checkpoint(source: str | Path, *, trust_remote_code: bool = False) -> C
         return _open_folder(path, text, trust_remote_code)
     if path.is_file():
         if path.suffix == ".gguf":
-            from secateur.checkpoint.gguf_file import GgufCheckpoint
+            from secateur.checkpoint.exported_gguf import open_gguf
 
-            return GgufCheckpoint(path)
+            return open_gguf(path)
         if path.suffix == ".safetensors":
             raise SourceError(
                 f"source {text} is a single weight file: name the folder that also holds its "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +19,8 @@ from secateur.errors import SourceError
 
 #: Rows of a matrix that are dequantised in one call.
 ROWS_AT_ONCE = 4096
+#: File beside the made config and tokenizer, with what Hugging Face files have no place for.
+TOKENIZER_KEYS = "gguf_tokenizer.json"
 
 
 class GgufCheckpoint(Checkpoint):
@@ -30,12 +32,10 @@ class GgufCheckpoint(Checkpoint):
 
     overhead = 170 * 2**20  # the vocabulary, as the reader's many small arrays
 
-    def __init__(self, path: Path) -> None:
-        from transformers import AutoConfig
-
+    def __init__(self, path: Path, reader: Any = None) -> None:
         self.source = str(path)
         self.path = path
-        reader = _open_reader(path)
+        reader = open_reader(path) if reader is None else reader
         self._architecture = str(reader.fields["general.architecture"].contents())
         # The reader itself is not kept: its vocabulary is a hundred megabytes of small objects.
         self._entries = {entry.name: entry for entry in reader.tensors}
@@ -49,7 +49,20 @@ class GgufCheckpoint(Checkpoint):
             )
             for name, entry in self._entries.items()
         }
-        self.folder = _metadata_folder(path)
+        self._open_metadata(reader)
+
+    def _open_metadata(self, reader: Any) -> None:
+        """Config and tokenizer."""
+        from transformers import AutoConfig
+
+        def made() -> tuple[Any, Any]:
+            from transformers import AutoTokenizer
+
+            config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
+            config._name_or_path = ""
+            return config, AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+
+        self.folder = metadata_folder(self.path, tokenizer_keys(reader), made)
         self.config = AutoConfig.from_pretrained(self.folder)
 
     @cached_property
@@ -59,23 +72,32 @@ class GgufCheckpoint(Checkpoint):
         kind = TENSOR_PROCESSORS.get(self._architecture, TensorProcessor)
         return kind(config=self.config.to_dict())
 
-    def _load(self, name: str) -> torch.Tensor:
+    def _rows(self, name: str, shape: tuple[int, ...], first: int, count: int) -> Any:
+        """Some rows of a stored tensor, dequantised, float32."""
         from gguf import dequantize
 
         entry = self._entries[name]
         try:
-            # Some rows at a time: at once, a vocabulary of floats would exist three times over.
-            values = np.empty(self.tensors[name].shape, dtype=np.float32)
-            for start in range(0, len(entry.data), ROWS_AT_ONCE):
-                rows = slice(start, start + ROWS_AT_ONCE)
-                values[rows] = dequantize(entry.data[rows], entry.tensor_type)
+            # A piece at a time: at once, a vocabulary of floats would exist three times over.
+            values = np.empty((count, *shape[1:]), dtype=np.float32)
+            for start in range(0, count, ROWS_AT_ONCE):
+                end = min(count, start + ROWS_AT_ONCE)
+                data = entry.data[first + start : first + end]
+                values[start:end] = dequantize(data, entry.tensor_type)
         except (NotImplementedError, ValueError) as error:
             raise SourceError(
                 f"tensor {name} in {self.path} is of type {entry.tensor_type.name}, which cannot "
                 "be dequantised: give an f16, q8_0, q4_0, q4_1 or K-quant file"
             ) from error
+        return values
+
+    def _load(self, name: str) -> torch.Tensor:
+        shape = self.tensors[name].shape
         done = self._processor.process(
-            weights=values, name=name, tensor_key_mapping={}, parsed_parameters={}
+            weights=self._rows(name, shape, 0, shape[0]),
+            name=name,
+            tensor_key_mapping={},
+            parsed_parameters={},
         )
         return torch.from_numpy(np.ascontiguousarray(done.weights))
 
@@ -98,7 +120,7 @@ class GgufCheckpoint(Checkpoint):
         return {n: stored[n] for n in names if stored.get(n) in self.tensors}
 
 
-def _open_reader(path: Path) -> Any:
+def open_reader(path: Path) -> Any:
     from gguf import GGUFReader
 
     with path.open("rb") as file:
@@ -123,26 +145,35 @@ def _open_reader(path: Path) -> Any:
     return reader
 
 
-def _metadata_folder(path: Path) -> Path:
-    """Config and tokenizer of the file as ordinary files, made once per file and version."""
+def tokenizer_keys(reader: Any) -> dict[str, Any]:
+    """How llama.cpp is told to tokenize; transformers' files keep only a part of it."""
+    names = ("model", "pre", "add_bos_token", "add_space_prefix")
+    fields = {name: reader.fields.get(f"tokenizer.ggml.{name}") for name in names}
+    return {name: field.contents() for name, field in fields.items() if field is not None}
+
+
+def metadata_folder(path: Path, keys: dict[str, Any], made: Callable[[], tuple[Any, Any]]) -> Path:
+    """Config and tokenizer of the file as ordinary files, made once per file and version.
+
+    Args:
+        keys: kept beside them, for whoever writes a GGUF file again.
+        made: makes config and tokenizer.
+    """
     import transformers
-    from transformers import AutoConfig, AutoTokenizer
 
     stat = path.stat()
-    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{transformers.__version__}|1"
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{transformers.__version__}|2"
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = root / "secateur" / "gguf" / hashlib.sha256(key.encode()).hexdigest()[:24]
     if folder.is_dir():
         return folder
     try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        config, tokenizer = made()
     except Exception as error:  # unknown architectures, tokenizers and keys all end here
         raise SourceError(
             f"{path} is a GGUF file of a type that transformers cannot open "
             f"({_first_line(error)}): give the Hugging Face folder of the model instead"
         ) from error
-    config._name_or_path = ""
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -154,6 +185,7 @@ def _metadata_folder(path: Path) -> Path:
     config.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     _drop_invented_tokens(partial / "tokenizer.json", int(config.vocab_size))
+    (partial / TOKENIZER_KEYS).write_text(json.dumps(keys), encoding="utf-8")
     try:
         partial.rename(folder)
     except OSError:  # another process was faster; its files are the same

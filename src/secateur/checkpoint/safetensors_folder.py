@@ -41,7 +41,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self.folder = folder
         self.source = source
         self.trust_remote_code = trust_remote_code
-        self.config = _load_config(folder, source, trust_remote_code)
+        self.config = load_config(folder, source, trust_remote_code)
         self.tensors = {}
         for path, names in _weight_files(folder).items():
             header = read_header(path)
@@ -207,7 +207,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return found
 
 
-def _load_config(folder: Path, source: str, trust_remote_code: bool) -> Any:
+def load_config(folder: Path, source: str, trust_remote_code: bool) -> Any:
     """The transformers config, without running any code of the checkpoint unless allowed."""
     from transformers import CONFIG_MAPPING, AutoConfig
 

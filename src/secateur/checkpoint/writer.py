@@ -96,19 +96,26 @@ def waste_folder(out: Path) -> Path:
 def drop_waste(out: Path) -> None:
     """Remove what a kill at the very end left; a folder of the user's by that name stays."""
     waste = waste_folder(out)
-    ours = re.compile(rf"\.?({LOCK}|{re.escape(JOURNAL)}|cut-\d+\.safetensors)(\.tmp)?")
+    ours = re.compile(rf"\.?(model|{LOCK}|{re.escape(JOURNAL)}|cut-\d+\.safetensors)(\.tmp)?")
     if waste.is_dir() and all(ours.fullmatch(path.name) for path in waste.iterdir()):
         shutil.rmtree(waste, ignore_errors=True)
 
 
-def check_output(out: Path, origin: Path) -> None:
+def check_output(out: Path, origin: Path, *, file: bool = False) -> None:
     """Refuse an output place that cannot be used, before any work is done.
+
+    Args:
+        out: where the result is to be.
+        origin: the source.
+        file: whether the result is one file rather than a folder.
 
     Raises:
         OutputError: exists and is not empty, lies inside the source, or cannot be written.
     """
     target = out.expanduser().resolve()
     source = origin.resolve()
+    if file and target.exists():
+        raise OutputError(f"output {out} exists: choose another --out, or remove it first")
     if target.is_file():
         raise OutputError(f"output {out} is a file: give a folder that does not exist yet")
     if target == source or source in target.parents:
@@ -236,6 +243,10 @@ class Journal:
                 self.out.rmdir()  # check_output made sure that it is empty
             os.replace(self.model, self.out)
             _sync_folder(self.out.parent)
+        self.discard()
+
+    def discard(self) -> None:
+        """Drop the work folder; what was wanted of it stands elsewhere by now."""
         # Renamed first: a work folder that a kill leaves half removed could not be gone on from.
         waste = waste_folder(self.out)
         drop_waste(self.out)

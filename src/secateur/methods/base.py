@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from secateur.anatomy import Anatomy
 from secateur.errors import RecipeError
+from secateur.forms import Form
 from secateur.plans import BlockCut
 from secateur.statistics import Moments
 
@@ -52,8 +53,16 @@ class Method(ABC):
     summary: ClassVar[str]
     Options: ClassVar[type[BaseModel]]
 
-    def __init__(self, options: BaseModel) -> None:
+    def __init__(self, options: BaseModel, form: Form) -> None:
         self.options: Any = options
+        self.form = form
+
+    def check(self, anatomy: Anatomy) -> None:  # noqa: B027, most have nothing to refuse
+        """Refuse options that this model cannot have, before any work is done.
+
+        Raises:
+            RecipeError: with what is allowed.
+        """
 
     @abstractmethod
     def layer_counts(self, most: int) -> Sequence[int]:
@@ -78,6 +87,11 @@ class Method(ABC):
     def unit(self, anatomy: Anatomy) -> int:
         """Parameters of the smallest piece that can go; quotas are made multiples of it."""
         return 1
+
+    @property
+    def carries(self) -> bool:
+        """Whether a block's miss of its quota is made up for by the next: pieces of two sizes."""
+        return False
 
     @abstractmethod
     def cut(self, block: Block, quota: int) -> BlockCut:
@@ -112,8 +126,8 @@ def method_names() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def get_method(name: str, options: dict[str, Any]) -> Method:
-    """The method called ``name`` with these options.
+def get_method(name: str, options: dict[str, Any], form: Form | None = None) -> Method:
+    """The method called ``name`` with these options, for models of this form.
 
     Raises:
         RecipeError: no such method, or an option it does not have or allow.
@@ -125,7 +139,7 @@ def get_method(name: str, options: dict[str, Any]) -> Method:
         raise RecipeError(f"method {name} is not known: choose one of {', '.join(names)}")
     method = _REGISTRY[name]
     try:
-        return method(method.Options(**options))
+        return method(method.Options(**options), form or Form())
     except ValidationError as error:
         raise RecipeError(explain(error, f"option of method {name}", method.Options)) from error
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from secateur.anatomy import Anatomy
 from secateur.checkpoint import Checkpoint
 from secateur.checkpoint.writer import write_bytes, write_json, write_tensors
 from secateur.errors import OutputError
@@ -15,11 +16,13 @@ from secateur.modules import MODELING_FILE, modeling_file, pruned_type
 from secateur.plans import BlockCut, Plan, Tensors, slice_block
 
 INDEX = "model.safetensors.index.json"
+RECORD = "secateur.json"
+PLAN_TENSORS = "secateur_plan.safetensors"
 #: Files of the source that travel unchanged, besides those that are made anew.
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
-    "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "chat_template.jinja", "chat_template.json", "generation_config.json", "gguf_tokenizer.json",
     "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt",
 )  # fmt: skip
 
@@ -72,8 +75,9 @@ def _check_range(tensors: Tensors, dtype: torch.dtype, where: str) -> None:
 
 def write_config(folder: Path, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> None:
     """Write ``config.json`` and, where stock classes cannot hold the plan, the modelling file."""
-    write_json(folder / "config.json", make_config(checkpoint, plan, dtype))
-    if plan.uniform_ffn_width is None:
+    config = make_config(checkpoint, plan, dtype)
+    write_json(folder / "config.json", config)
+    if "secateur" in config:
         base_config, base_model = base_classes(checkpoint)
         source = modeling_file(base_config, base_model)
         write_bytes(folder / MODELING_FILE, source.encode())
@@ -108,9 +112,9 @@ def make_config(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> dict[
         if not plain:
             config["rope_scaling"] = rope
     base_config, base_model = base_classes(checkpoint)
-    width = plan.uniform_ffn_width
-    if width is not None:
-        config[family.ffn_width] = width
+    stock = stock_keys(checkpoint, plan)
+    if stock is not None:
+        config |= stock
         config["architectures"] = [base_model]
         return config
     config["model_type"] = pruned_type(base_config)
@@ -127,6 +131,48 @@ def make_config(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> dict[
         "shapes": [plan.shapes(cut) for cut in plan.blocks],
     }
     return config
+
+
+def stock_keys(checkpoint: Checkpoint, plan: Plan) -> dict[str, int] | None:
+    """The config keys with which the stock class holds this plan, or None where it cannot."""
+    widths = plan.uniform
+    if widths is None or widths.kv_groups not in stock_groups(checkpoint, plan.anatomy):
+        return None
+    return {
+        plan.anatomy.family.ffn_width: widths.ffn,
+        **_group_keys(plan.anatomy, widths.kv_groups),
+    }
+
+
+def _group_keys(anatomy: Anatomy, groups: int) -> dict[str, int]:
+    """Config keys for fewer KV groups of the same head size; none where nothing changes."""
+    family = anatomy.family
+    if groups == anatomy.kv_heads or family.head_size is None:
+        return {}
+    return {
+        family.heads: groups * anatomy.heads_per_group,
+        family.kv_heads: groups,
+        family.head_size: anatomy.head_size,
+    }
+
+
+def stock_groups(checkpoint: Checkpoint, anatomy: Anatomy) -> tuple[int, ...]:
+    """Numbers of KV groups that the model's own class accepts, rising.
+
+    Asked of the class itself: LLaMA's, for one, wants a hidden width that is a multiple of the
+    number of query heads, Mistral's does not.
+    """
+    if anatomy.family.head_size is None:
+        return (anatomy.kv_heads,)
+    kind, values = type(checkpoint.config), checkpoint.config.to_dict()
+    legal = []
+    for groups in range(1, anatomy.kv_heads):
+        try:
+            kind(**{**values, **_group_keys(anatomy, groups)})
+        except Exception:  # of several kinds, all of which mean no
+            continue
+        legal.append(groups)
+    return (*legal, anatomy.kv_heads)
 
 
 def copy_companions(folder: Path, checkpoint: Checkpoint) -> None:

@@ -62,13 +62,39 @@ def verify_folder(
     logits: list[torch.Tensor] = []
     hidden = masked_hidden(stream, plan, tokens, dtype)
     stream.head(hidden, tokens, lambda _, window: logits.append(window.cpu()), dtype=dtype)
+    parameters = plan.sizes().parameters
+    return _compare(folder, tokens, torch.stack(logits), parameters, memory)
+
+
+def verify_itself(folder: Path, stream: Stream, *, memory: int | None = None) -> Verification:
+    """Open ``folder`` in a fresh process and compare it with the same files read block by block.
+
+    Args:
+        stream: of the same folder.
+        memory: as for :func:`verify_folder`.
+
+    Raises:
+        VerifyError: it does not open, weights are missing, or logits differ.
+    """
+    tokens = _tokens(stream)
+    logits: list[torch.Tensor] = []
+    hidden = stream.forward(tokens)
+    stream.head(hidden, tokens, lambda _, window: logits.append(window.cpu()))
+    parameters = sum(p.numel() for p in stream.stored_parameters().values())
+    return _compare(folder, tokens, torch.stack(logits), parameters, memory)
+
+
+def _compare(
+    folder: Path, tokens: torch.Tensor, logits: torch.Tensor, parameters: int, memory: int | None
+) -> Verification:
+    """Let a fresh process open the folder and compare its logits with these."""
     with tempfile.TemporaryDirectory(prefix="secateur-verify-") as temporary:
         from safetensors.torch import save_file
 
         reference = Path(temporary) / "reference.safetensors"
-        save_file({"tokens": tokens, "logits": torch.stack(logits)}, reference)
+        save_file({"tokens": tokens, "logits": logits}, reference)
         # The shipped modelling file is copied by transformers; not into the user's cache.
-        whole = 4 * plan.sizes().parameters + BASE
+        whole = 4 * parameters + BASE
         mode = ["streamed"] if whole > (memory or _free_memory()) else []
         environment = {**os.environ, "HF_MODULES_CACHE": temporary, "HF_HUB_OFFLINE": "1"}
         run = subprocess.run(
@@ -94,10 +120,10 @@ def verify_folder(
             f"{found['max_difference']:.3g}, cached generation by {found['cache_gap']:.3g} "
             f"(largest logit {found['max_logit']:.3g})"
         )
-    if found["parameters"] != plan.sizes().parameters:
+    if found["parameters"] != parameters:
         raise VerifyError(
             f"the written model {folder} has {found['parameters']:,} parameters, its plan says "
-            f"{plan.sizes().parameters:,}"
+            f"{parameters:,}"
         )
     return Verification(
         found["max_difference"], found["max_logit"], found["model_class"], found["parameters"]

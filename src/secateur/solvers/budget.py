@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -73,10 +74,18 @@ class Curve:
     Attributes:
         counts: numbers of removed inputs, rising, the first 0.
         values: the rule's value at each, the first 0.
+        legal: counts at which the last step may end, rising, ``counts`` among them; None for all.
     """
 
     counts: Sequence[int]
     values: Sequence[float]
+    legal: Sequence[int] | None = None
+
+    def between(self, low: int, high: int) -> Sequence[int]:
+        """Legal counts from ``low`` to ``high``, both among them."""
+        if self.legal is None:
+            return range(low, high + 1)
+        return self.legal[bisect_left(self.legal, low) : bisect_right(self.legal, high)]
 
     def stop(self, threshold: float) -> int:
         """Place of the first count whose value reaches ``threshold``; the last if none does."""
@@ -143,7 +152,8 @@ def threshold_search(
             places[name] = curves[name].stop(threshold)
             counts[name] = curves[name].counts[places[name]]
             if removed(counts) >= quota:
-                counts[name] = _clip(counts, name, before, removed, quota)
+                legal = curves[name].between(before, counts[name])
+                counts[name] = _clip(counts, name, legal, removed, quota)
                 return counts, threshold
     return counts, threshold
 
@@ -151,18 +161,18 @@ def threshold_search(
 def _clip(
     counts: dict[str, int],
     name: str,
-    low: int,
+    legal: Sequence[int],
     removed: Callable[[Mapping[str, int]], int],
     quota: int,
 ) -> int:
-    """The count of ``name`` at which the quota is met most closely."""
-    high = counts[name]
+    """The legal count of ``name`` at which the quota is met most closely."""
+    low, high = 0, len(legal) - 1
     while high - low > 1:
         middle = (low + high) // 2
-        if removed({**counts, name: middle}) >= quota:
+        if removed({**counts, name: legal[middle]}) >= quota:
             high = middle
         else:
             low = middle
-    over = removed({**counts, name: high}) - quota
-    under = quota - removed({**counts, name: low})
-    return low if under < over else high
+    over = removed({**counts, name: legal[high]}) - quota
+    under = quota - removed({**counts, name: legal[low]})
+    return legal[low] if under < over else legal[high]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,17 @@ def print_blocks(result: PlanResult) -> None:
     print()
 
 
+def _why_off(result: PlanResult, gone: int) -> str:
+    if result.form.uniform and result.form.multiple > 1:
+        return (
+            f"all {len(result.plan.blocks)} widths go in steps of {result.form.multiple} together; "
+            "try --round-to 1, or another --layers"
+        )
+    if gone > result.asked:
+        return "count: columns leaves dead rows out of the target"
+    return "no remaining layer could lose another input"
+
+
 def print_result(result: PlanResult) -> None:
     plan = result.plan
     before, after = plan.sizes_before(), plan.sizes()
@@ -76,13 +88,13 @@ def print_result(result: PlanResult) -> None:
     off = (gone - result.asked) / before.parameters
     print(f"asked {result.asked:,} parameters, reached {gone:,} ({off:+.2%} of the model)")
     if abs(off) > 0.002:
+        print(f"the difference is above 0.2 points: {_why_off(result, gone)}")
+    print(f"FFN widths: multiples of {result.form.multiple} ({result.form.reason})")
+    if result.layout_cost is not None:
+        free, same = result.layout_cost["per-layer"], result.layout_cost["uniform"]
         print(
-            "the difference is above 0.2 points: "
-            + (
-                "count: columns leaves dead rows out of the target"
-                if gone > result.asked
-                else "no remaining layer could lose another input"
-            )
+            f"one width for all blocks: perplexity {math.exp(same):.2f} on held-out windows, with "
+            f"widths of their own {math.exp(free):.2f} ({math.expm1(same - free):+.1%})"
         )
     print(f"weights {result.bytes_written / 1e6:.1f} MB")
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())

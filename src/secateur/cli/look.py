@@ -1,0 +1,103 @@
+"""``inspect`` and ``eval``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from secateur.cli.options import DataDir, Device, Source, TextField, Trust
+from secateur.cli.tables import print_table
+
+
+def inspect(source: Source, trust_remote_code: Trust = False) -> None:
+    """Show a model's family, blocks, shapes and parameters by part, without reading weights."""
+    from secateur.checkpoint import open_checkpoint
+    from secateur.streaming import Stream
+
+    checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
+    anatomy = Stream(checkpoint).anatomy
+    config = checkpoint.config
+    # Counted part by part: in a pruned model no block speaks for the others.
+    by_part = anatomy.parameters_by_part
+    total = sum(by_part.values())
+    decoder = sum(count for part, count in by_part.items() if part.startswith("blocks: "))
+    alike = decoder == anatomy.decoder_parameters
+    rows = [
+        ("source", str(source)),
+        ("family", f"{anatomy.family.name} ({anatomy.model_type})"),
+        ("parameters", f"{total:,}"),
+        ("in decoder blocks", f"{decoder:,}"),
+        ("file bytes", f"{checkpoint.nbytes:,}"),
+        (
+            "blocks",
+            f"{anatomy.layers} "
+            + (f"at {anatomy.block_parameters:,} parameters" if alike else "of different sizes"),
+        ),
+        ("hidden width", f"{config.hidden_size:,}"),
+        ("FFN width", f"{anatomy.ffn_width:,}" + ("" if alike else " in the first block")),
+        (
+            "attention",
+            f"{anatomy.query_heads} query heads in {anatomy.kv_heads} KV groups of size "
+            f"{anatomy.query_heads // anatomy.kv_heads}, head size {anatomy.head_size}",
+        ),
+        ("vocabulary", f"{config.vocab_size:,}"),
+        ("tied head", "yes" if config.tie_word_embeddings else "no"),
+    ]
+    print_table(("", ""), rows)
+    print()
+    parts = sorted(by_part.items(), key=lambda part: -part[1])
+    print_table(
+        ("part", "parameters", "share"),
+        [(name, f"{count:,}", f"{count / total:.1%}") for name, count in parts],
+    )
+    print()
+    print_table(
+        ("layer of the first block", "rows", "inputs", "bias", "reads"),
+        [
+            (d.path, f"{d.rows:,}", f"{d.inputs:,}", "yes" if d.bias else "no", d.reads)
+            for d in anatomy.denses.values()
+        ],
+    )
+
+
+def evaluate(
+    source: Source,
+    text: Annotated[
+        str, typer.Option(help="builtin, a text or JSONL file, or c4, wikitext2, ptb, alpaca")
+    ] = "builtin",
+    text_field: TextField = None,
+    data_dir: DataDir = None,
+    length: Annotated[int, typer.Option(min=2, help="tokens a window")] = 1024,
+    windows: Annotated[
+        int, typer.Option(min=0, help="windows, from the start of the text; 0: all")
+    ] = 10,
+    prompt: Annotated[str, typer.Option(help="prompt of a generation sample")] = (
+        "The capital of France is"
+    ),
+    tokens: Annotated[int, typer.Option(min=0, help="tokens to generate; 0: none")] = 32,
+    device: Device = "cpu",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Perplexity of a model, dense or pruned, and a sample of what it writes."""
+    from secateur.checkpoint import open_checkpoint
+    from secateur.evaluation import evaluate as run
+    from secateur.evaluation import load_whole
+    from secateur.evaluation.speed import generate
+    from secateur.progress import for_terminal
+
+    checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
+    found = run(
+        checkpoint,
+        text=text,
+        length=length,
+        windows=windows or None,
+        text_field=text_field or "text",
+        data_dir=data_dir,
+        device=device,
+        progress=for_terminal(),
+    )
+    print(f"perplexity {found.value:.2f}  ({found.protocol})")
+    if tokens and prompt:
+        sample = generate(load_whole(checkpoint), checkpoint.tokenizer, prompt, tokens)
+        print(f"{prompt}{sample}")

@@ -1,0 +1,134 @@
+"""The form of a pruned model: what may go inside blocks, in which widths, so that it can run.
+
+A recipe asks; the output and the family decide what can be had. :func:`resolve` answers before
+any work is done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from secateur.anatomy import Anatomy
+from secateur.errors import OutputError, RecipeError
+from secateur.recipe import Recipe
+
+#: Widths of the FFN are multiples of this where nobody wishes otherwise: tiles of matrix kernels.
+KERNEL = 64
+#: Values in a block of a K-quant; narrower rows fall back to larger types.
+SUPERBLOCK = 256
+#: The smallest multiple worth having: a block of a simple quantised type.
+FLOOR = 32
+#: An automatic multiple leaves at least so many widths to choose from.
+FEWEST_STEPS = 6
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be written: a Hugging Face folder, or a GGUF file of some type."""
+
+    kind: Literal["hf", "gguf"] = "hf"
+    weights: str = ""
+
+    @property
+    def in_superblocks(self) -> bool:
+        """Whether weights are stored in K-quants, whose blocks are 256 values wide."""
+        return self.kind == "gguf" and ("_k" in self.weights or self.weights.startswith("iq"))
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a method may cut.
+
+    Attributes:
+        structure: ``coupled``: whole KV groups and FFN neurons; ``inputs``: columns of each layer.
+        layout: ``per-layer`` or ``uniform`` widths.
+        multiple: kept FFN neurons are a multiple of this.
+        reason: why that multiple, for the user.
+        groups: numbers of KV groups that a block may keep, rising; None: any.
+    """
+
+    structure: Literal["coupled", "inputs"] = "coupled"
+    layout: Literal["per-layer", "uniform"] = "per-layer"
+    multiple: int = 1
+    reason: str = ""
+    groups: tuple[int, ...] | None = None
+
+    @property
+    def uniform(self) -> bool:
+        return self.layout == "uniform"
+
+
+def resolve(
+    recipe: Recipe, anatomy: Anatomy, target: Target, *, tied: bool, stock_groups: tuple[int, ...]
+) -> Form:
+    """The form that ``recipe`` means for this model and output.
+
+    Args:
+        tied: whether the head is the embedding.
+        stock_groups: numbers of KV groups that the stock class accepts.
+
+    Raises:
+        RecipeError: wishes that contradict each other.
+        OutputError: the output cannot hold what was asked.
+    """
+    per_layer = True
+    if target.kind == "gguf":
+        from secateur.outputs.gguf_arch import home_of
+
+        home = home_of(anatomy.model_type)
+        per_layer = home.per_layer is not None and (home.per_layer != "openelm" or tied)
+        if recipe.structure == "inputs" or "denses" in recipe.options:
+            raise OutputError(
+                "a GGUF file cannot hold --structure inputs, whose layers read through an index: "
+                "use --structure coupled, or give --out a folder name"
+            )
+        if recipe.layout == "per-layer" and not per_layer:
+            raise OutputError(
+                f"llama.cpp has no architecture for {anatomy.model_type} blocks of different "
+                "widths: use --layout uniform, or give --out a folder name"
+            )
+    structure = recipe.structure
+    if structure == "auto":
+        # Options that only make sense for inputs say what is meant.
+        structure = "inputs" if "denses" in recipe.options else "coupled"
+    layout = recipe.layout
+    if layout == "auto":
+        layout = "per-layer" if per_layer else "uniform"
+    if structure == "inputs" and layout == "uniform":
+        raise RecipeError(
+            "--structure inputs leaves layers that read through an index, which no stock class "
+            "has: use --structure coupled with --layout uniform"
+        )
+    multiple, reason = _multiple(recipe, anatomy, target, structure, layout)
+    groups = stock_groups if layout == "uniform" else None
+    return Form(structure, layout, multiple, reason, groups)
+
+
+def _multiple(
+    recipe: Recipe, anatomy: Anatomy, target: Target, structure: str, layout: str
+) -> tuple[int, str]:
+    width = anatomy.ffn_width
+    if recipe.round_to == "auto" and structure == "inputs":
+        return 1, "columns go one at a time"
+    if recipe.round_to != "auto":
+        if recipe.round_to >= width and recipe.round_to != 1:
+            legal = [m for m in (1, FLOOR, KERNEL, SUPERBLOCK) if m < width]
+            raise RecipeError(
+                f"--round-to is {recipe.round_to}, but the FFN is only {width} wide: allowed here "
+                f"are {', '.join(map(str, legal))} and other multiples of {FLOOR} below {width}"
+            )
+        return recipe.round_to, "as asked"
+    wanted, why = KERNEL, "tiles of matrix kernels, and whole blocks of q8_0 and q4_0"
+    if target.in_superblocks:
+        wanted, why = SUPERBLOCK, f"{target.weights} stores rows in blocks of {SUPERBLOCK}"
+    elif layout == "uniform" and width < 64 * KERNEL:
+        wanted, why = FLOOR, "one width for all blocks needs small steps to meet the share"
+    multiple = wanted
+    while multiple >= FLOOR and width < FEWEST_STEPS * multiple:
+        multiple //= 2
+    if multiple < FLOOR:
+        return 1, f"an FFN of {width} is too narrow for multiples of {FLOOR}"
+    if multiple < wanted:
+        why = f"an FFN of {width} has too few multiples of {wanted}"
+    return multiple, why

@@ -1,0 +1,285 @@
+"""From a plan to what runs: a folder or a GGUF file, written block by block under a journal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from secateur.checkpoint import local_path, open_checkpoint
+from secateur.checkpoint.writer import (
+    JOURNAL,
+    Journal,
+    check_output,
+    drop_waste,
+    work_folder,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
+from secateur.engine import LayerChoice
+from secateur.errors import OutputError, SecateurError, SourceError
+from secateur.forms import Target
+from secateur.outputs import gguf, hf, llama_cpp
+from secateur.outputs.card import model_card
+from secateur.outputs.hf import PLAN_TENSORS, RECORD
+from secateur.outputs.verify import Verification, verify_folder
+from secateur.outputs.verify_gguf import GgufVerification, verify_gguf
+from secateur.pipeline import PlanResult, Run
+from secateur.plans import BlockCut, Plan, Tensors
+from secateur.progress import PeakMemory, Progress
+from secateur.recipe import Recipe
+from secateur.streaming import Stream
+
+
+@dataclass(frozen=True)
+class PruneResult(PlanResult):
+    """A written model: where it is, what the fresh process said, and notes for the user."""
+
+    out: Path = field(default=Path())
+    verification: Verification | None = None
+    gguf_verification: GgufVerification | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def prune(
+    source: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    weights: str = "f16",
+    device: str = "cpu",
+    max_memory: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    verify: bool = True,
+) -> PruneResult:
+    """Prune ``source`` by ``recipe`` and write the result to ``out``.
+
+    Work goes on in ``OUT.partial``; after a kill the same call continues behind the last finished
+    block, and ends in the same bytes. See :func:`~secateur.pipeline.make_plan` for the other
+    arguments.
+
+    Args:
+        out: a folder for transformers, or a file that ends in ``.gguf`` for llama.cpp.
+        weights: type of the matrices in a GGUF file: f16, q8_0, q4_k_m, ...
+        verify: reopen the result in a fresh process and compare logits before it gets its name.
+
+    Raises:
+        SecateurError: for everything that a user can mend.
+    """
+    place = local_path(out).resolve()
+    progress = progress or Progress()
+    target = Target()
+    if place.suffix == ".gguf":
+        target = Target("gguf", gguf.check_type(weights))
+    with PeakMemory() as memory:
+        drop_waste(place)
+        finished = _moved_but_not_cleaned(place)
+        if not finished:
+            check_output(place, local_path(source), file=target.kind == "gguf")
+        run = Run(
+            source,
+            recipe,
+            device=device,
+            max_memory=max_memory,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            target=target,
+        )
+        journal = Journal(place, run.identity())
+        try:
+            if finished:
+                check_output_of(place, journal)
+            plan, choice, cost = _write(run, journal)
+            verification = _verified(run, journal, plan) if verify else None
+            notes: list[str] = []
+            ran: GgufVerification | None = None
+            if target.kind == "gguf":
+                notes, ran = _export(run, journal, verify=verify)
+                journal.discard()
+            else:
+                journal.finish()
+        except SecateurError:
+            journal.drop_if_fruitless()  # it would be in the way of the mended command
+            raise
+        finally:
+            journal.close()
+    return PruneResult(
+        **run.result_fields(plan, choice, cost, memory.peak),
+        out=place,
+        verification=verification,
+        gguf_verification=ran,
+        notes=notes,
+    )
+
+
+def _export(
+    run: Run, journal: Journal, *, verify: bool
+) -> tuple[list[str], GgufVerification | None]:
+    """The GGUF file from the folder that the journal holds; it replaces an earlier one of ours."""
+    folder = journal.model
+    stream = Stream(open_checkpoint(folder))
+    run.progress.stage(f"writing {run.target.weights} GGUF", len(stream.stored_parameters()))
+    journal.add("export", {})  # from here on a file of that name is ours
+    written = gguf.export(
+        stream,
+        journal.out,
+        kind=run.target.weights,
+        name=Path(run.checkpoint.source).name,
+        step=run.progress.step,
+    )
+    run.progress.finish()
+    if not verify:
+        return written.notes, None
+    if not llama_cpp.available():
+        return [*written.notes, llama_cpp.NOT_RUN], None
+    found = verify_gguf(journal.out, stream, against="the pruned model", progress=run.progress)
+    return written.notes, found
+
+
+def _write(run: Run, journal: Journal) -> tuple[Plan, LayerChoice, dict[str, float] | None]:
+    """All files of the model in the journal's work folder."""
+    choice, cost = _layer_choice(run, journal)
+    quotas = run.engine.quotas(choice)
+    blocks = len(choice.layers)
+    plan = Plan(run.stream.anatomy, [])
+    done = _finished_blocks(journal)
+    if done:
+        run.progress.note(f"continuing: {len(done)} of {blocks} blocks are finished")
+
+    def sink(cut: BlockCut, state: Tensors) -> None:
+        number = choice.layers.index(cut.source)
+        digest = hf.write_block(
+            journal.model, plan, cut, state, number=number, blocks=blocks, dtype=run.dtype
+        )
+        write_tensors(_cut_file(journal, cut.source), cut.tensors())
+        journal.add("block", {"source": cut.source, "sha256": digest, "notes": cut.notes})
+        _check_unchanged(run, journal)
+
+    if journal.find("files") is None:
+        plan = run.engine.neuron_stage(
+            choice.layers, quotas, run.windows.tokens, sink=sink, done=done
+        )
+        _write_rest(run, journal, plan, choice, cost)
+        _check_unchanged(run, journal)
+        journal.add("files", {})
+    else:
+        plan.blocks.extend(done[layer] for layer in choice.layers)
+    return plan, choice, cost
+
+
+def _layer_choice(run: Run, journal: Journal) -> tuple[LayerChoice, dict[str, float] | None]:
+    """The blocks that stay, and what one width for all of them costs; from the journal if known."""
+    found = journal.find("layers")
+    if found is None:
+        choice = run.engine.choose_layers(run.windows.tokens)
+        found = {
+            "layers": choice.layers,
+            "importances": [choice.importances[i] for i in choice.layers],
+            "removed": choice.removed,
+            "loss": choice.held_out_loss,
+            "trials": run.engine.trials,
+            "layout_cost": run.layout_cost(choice),
+        }
+        journal.add("layers", found)
+    run.engine.trials = found["trials"]
+    importances = dict(zip(found["layers"], found["importances"], strict=True))
+    choice = LayerChoice(found["layers"], importances, found["removed"], found["loss"])
+    return choice, found["layout_cost"]
+
+
+def _check_unchanged(run: Run, journal: Journal) -> None:
+    """Whether the source is still the one of the journal's first line.
+
+    Raises:
+        SourceError: it has been written to since.
+    """
+    if run.checkpoint.state() != journal.entries[0]["value"]["source_files"]:
+        raise SourceError(
+            f"source {run.checkpoint.source} changed while it was read: the finished blocks "
+            f"are of no use; remove {journal.folder} and start again"
+        )
+
+
+def _cut_file(journal: Journal, source: int) -> Path:
+    return journal.folder / f"cut-{source:05d}.safetensors"
+
+
+def _finished_blocks(journal: Journal) -> dict[int, BlockCut]:
+    from safetensors.torch import load_file
+
+    done: dict[int, BlockCut] = {}
+    for entry in journal.entries:
+        if entry["kind"] == "block":
+            source = entry["value"]["source"]
+            tensors = load_file(_cut_file(journal, source))
+            done[source] = BlockCut.of(source, tensors, entry["value"]["notes"])
+    return done
+
+
+def _write_rest(
+    run: Run,
+    journal: Journal,
+    plan: Plan,
+    choice: LayerChoice,
+    cost: dict[str, float] | None,
+) -> None:
+    folder = journal.model
+    run.progress.stage("writing embeddings, config, tokenizer", 1)
+    outside = run.stream.read_outside()
+    hf.write_outside(folder, outside, blocks=len(plan.blocks), dtype=run.dtype)
+    del outside
+    hf.write_config(folder, run.checkpoint, plan, run.dtype)
+    hf.copy_companions(folder, run.checkpoint)
+    tensors = {
+        f"blocks.{number}.{name}": tensor
+        for number, cut in enumerate(plan.blocks)
+        for name, tensor in cut.tensors().items()
+    }
+    write_tensors(folder / PLAN_TENSORS, tensors)
+    record = run.record(plan, choice, run.engine.trials, cost)
+    write_json(folder / RECORD, record)
+    card = model_card(
+        plan,
+        record,
+        source=run.checkpoint.source,
+        stock=hf.stock_keys(run.checkpoint, plan) is not None,
+    )
+    write_bytes(folder / "README.md", card.encode())
+    run.progress.step()
+    run.progress.finish()
+
+
+def _verified(run: Run, journal: Journal, plan: Plan) -> Verification:
+    folder = journal.model if journal.model.is_dir() else journal.out
+    run.progress.stage("verifying in a fresh process", 1)
+    verification = verify_folder(folder, run.stream, plan, run.dtype, memory=run.memory)
+    run.progress.step()
+    run.progress.finish()
+    return verification
+
+
+def _moved_but_not_cleaned(target: Path) -> bool:
+    """Killed between giving the result its name and dropping the work folder."""
+    work = work_folder(target)
+    if target.suffix == ".gguf":
+        return target.is_file() and (work / JOURNAL).is_file()
+    moved = not any((work / "model").glob("*"))  # opening the journal makes it again, empty
+    return work.is_dir() and moved and (target / RECORD).is_file()
+
+
+def check_output_of(target: Path, journal: Journal) -> None:
+    """The folder or file of an earlier run stands; it must be of this journal.
+
+    Raises:
+        OutputError: the journal knows nothing of it.
+    """
+    if target.suffix == ".gguf":
+        if journal.find("export") is None:
+            raise OutputError(f"output {target} exists: choose another --out, or remove it first")
+        return
+    if journal.find("files") is None:
+        raise OutputError(
+            f"output {target} exists and is not empty: choose another --out, or remove it first"
+        )
+    journal.model.rmdir()  # made empty by opening the journal

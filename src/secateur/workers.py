@@ -1,0 +1,97 @@
+"""A process that answers questions: what may crash, or must have its memory measured, runs there.
+
+Questions and answers are JSON objects, one a line. The asking side is :class:`Worker`, the other
+end is :func:`serve`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from secateur import errors
+from secateur.errors import OutputError, SecateurError
+
+
+class Worker:
+    """A process that answers one line of JSON with another; as a context it ends with its block.
+
+    Args:
+        module: what to run; it calls :func:`serve`.
+        what: what it does, for the message should it die.
+        environment: variables for it where the user has set none of that name.
+    """
+
+    def __init__(self, module: str, what: str, **environment: str) -> None:
+        self._what = what
+        # Not a pipe, which would have to be read all the time.
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._stderr,
+            text=True,
+            # Without the variable ggml calls a debugger when it aborts, which takes seconds.
+            env={**environment, **os.environ, "GGML_NO_BACKTRACE": "1"},
+        )
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._stderr.close()
+
+    def ask(self, task: str, **arguments: Any) -> Any:
+        """The answer to one task.
+
+        Raises:
+            SecateurError: the one that the process sent instead.
+            OutputError: the process died.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"task": task, **arguments}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line.endswith("\n"):
+            raise OutputError(self._last_words())
+        answer = json.loads(line)
+        if "error" in answer:
+            raise getattr(errors, answer["kind"])(answer["error"])
+        return answer["value"]
+
+    def _last_words(self) -> str:
+        code = self._process.wait()
+        self._stderr.seek(0)
+        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
+        # ggml says why it aborts; other libraries may speak after it.
+        reasons = [line for line in lines if "GGML_ASSERT" in line or "GGML_ABORT" in line] or lines
+        end = f"code {code}" if code >= 0 else signal.Signals(-code).name
+        if -code == signal.SIGKILL:
+            reasons = ["out of memory, or killed by somebody"]
+        return f"{self._what} ended with {end}: {reasons[-1] if reasons else 'no output'}"
+
+
+def serve(tasks: Mapping[str, Callable[..., Any]]) -> None:
+    """The other end of :class:`Worker`: answer tasks by these functions until there are no more."""
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)  # what a library prints goes where it does no harm
+        for line in iter(sys.stdin.readline, ""):
+            asked = json.loads(line)
+            try:
+                answer = {"value": tasks[asked.pop("task")](**asked)}
+            except SecateurError as error:
+                answer = {"error": str(error), "kind": type(error).__name__}
+            print(json.dumps(answer), file=answers, flush=True)
