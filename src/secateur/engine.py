@@ -238,6 +238,7 @@ class Engine:
                         out = self.stream.forward_block(layer, module, hidden)
                 hidden = out
             self.progress.step(f"block {layer}")
+        plan.check()
         self.progress.finish()
         if probe_out is not None and probed is not None:
             probe_out.append(probed)

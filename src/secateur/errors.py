@@ -28,6 +28,10 @@ class RecipeError(SecateurError):
     """What was asked cannot be understood, or cannot be had from this model."""
 
 
+class PlanError(SecateurError):
+    """A plan says something that no model can be."""
+
+
 class CalibrationError(SecateurError):
     """The calibration text is missing, unreadable or too short."""
 

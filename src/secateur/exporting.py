@@ -147,6 +147,7 @@ def plan_of(checkpoint: Checkpoint, source: Stream) -> Plan:
         prefix = f"blocks.{number}."
         own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         plan.blocks.append(BlockCut.of(block, own, {}))
+    plan.check()
     return plan
 
 

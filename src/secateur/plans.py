@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from secateur.anatomy import Anatomy, Coupling
+from secateur.errors import PlanError
 
 Tensors = dict[str, torch.Tensor]
 
@@ -142,6 +143,16 @@ class Plan:
         found = {self.widths(cut) for cut in self.blocks}
         return found.pop() if len(found) == 1 else None
 
+    def check(self) -> None:
+        """Refuse what no block can be, before anything is written by it.
+
+        Raises:
+            PlanError: no KV group or neuron is left, indices are out of range or order, or layers
+                that are coupled keep different units.
+        """
+        for cut in self.blocks:
+            _check_cut(self.anatomy, cut)
+
     def sizes(self) -> Sizes:
         """Parameters that are left."""
         decoder = sum(
@@ -173,6 +184,52 @@ class Plan:
                 for cut in self.blocks
             ],
         }
+
+
+def _check_cut(anatomy: Anatomy, cut: BlockCut) -> None:
+    where = f"the plan of block {cut.source}"
+    for name, kept in cut.inputs.items():
+        _check_indices(f"{where}: inputs of {name}", kept, anatomy.denses[name].inputs)
+        if name in cut.scales and len(cut.scales[name]) != len(kept):
+            raise PlanError(
+                f"{where}: {name} keeps {len(kept)} inputs but has {len(cut.scales[name])} scales"
+            )
+    for name, kept in cut.rows.items():
+        _check_indices(f"{where}: rows of {name}", kept, anatomy.denses[name].rows)
+    if cut.groups is not None:
+        if not len(cut.groups):
+            raise PlanError(
+                f"{where} keeps no KV group for its query heads: allowed are 1 to "
+                f"{anatomy.kv_heads} groups; to do without a block's attention, remove the block"
+            )
+        _check_indices(f"{where}: KV groups", cut.groups, anatomy.kv_heads)
+    expected = live_rows(anatomy, cut.inputs, cut.groups)
+    for coupling in anatomy.family.couplings:
+        if not _in_whole_units(coupling, cut):
+            continue
+        if coupling.kind == "values":
+            assert cut.groups is not None
+            whole = group_inputs(anatomy, cut.groups)
+            if not torch.equal(cut.inputs.get(coupling.consumer, whole[:0]), whole):
+                raise PlanError(
+                    f"{where} keeps {len(cut.groups)} KV groups, but {coupling.consumer} does not "
+                    f"keep the {len(whole)} inputs that their query heads make"
+                )
+        for name in coupling.layers:
+            if name in expected and not torch.equal(
+                cut.rows.get(name, expected[name][:0]), expected[name]
+            ):
+                raise PlanError(
+                    f"{where}: {name} keeps other rows than {coupling.consumer} reads "
+                    f"({len(expected[name])})"
+                )
+
+
+def _check_indices(what: str, kept: torch.Tensor, count: int) -> None:
+    if not len(kept):
+        raise PlanError(f"{what}: none is kept; allowed are 1 to {count}")
+    if int(kept[0]) < 0 or int(kept[-1]) >= count or not bool((kept.diff() > 0).all()):
+        raise PlanError(f"{what}: indices must rise, from 0 up to {count - 1} at most")
 
 
 def _in_whole_units(coupling: Coupling, cut: BlockCut) -> bool:
