@@ -82,7 +82,7 @@ def sample(name: str) -> Sample:
     readers = {signal: paths[0] for signal, paths in anatomy.by_signal.items()}
     seen: list[torch.Tensor] = []
     handle = block.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with gather_moments(block, readers) as moments, torch.no_grad():
+    with gather_moments(block, readers) as (moments, _), torch.no_grad():
         model(tokens)
     handle.remove()
     return Sample(anatomy, block.state_dict(), moments, seen[0])

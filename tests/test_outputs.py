@@ -45,6 +45,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "coupled": ("40%", {**EVERYWHERE, "allocation": "variance"}),
     "one group": ("50%", {**EVERYWHERE, "groups": 1}),
     "uniform group": ("50%", {**EVERYWHERE, "groups": 1, "layers": 1}),
+    "obs": ("30%", {**EVERYWHERE, "pull": 0.1}),
+    "obs one group": ("57%", {**EVERYWHERE, "groups": 1, "pull": 0.1, "layers": 1}),
 }
 #: Variants with one width for all blocks; stock classes must need no code of ours for them.
 UNIFORM = ("width", "uniform group")
@@ -109,6 +111,7 @@ def recipe_of(variant: str, dtype: str = "auto") -> Recipe:
         calibration=SHORT,
         dtype=dtype,
         layout="uniform" if variant in UNIFORM else "auto",
+        method="obs" if variant.startswith("obs") else "comp",
     )
 
 

@@ -100,7 +100,7 @@ def test_layers_that_read_one_signal_see_the_same(name: str) -> None:
 
     for path in anatomy.denses:
         remember(path)
-    with gather_moments(block, {path: path for path in anatomy.denses}) as found, torch.no_grad():
+    with gather_moments(block, {path: path for path in anatomy.denses}) as (found, _), torch.no_grad():
         model(tokens)
     assert found.keys() == anatomy.denses.keys()
     for path, x in seen.items():
@@ -115,7 +115,7 @@ def test_every_run_of_the_block_adds_up_until_the_hooks_go() -> None:
     layer = torch.nn.Linear(3, 2)
     block = torch.nn.Sequential(layer)
     one, two = torch.randn(4, 3), torch.randn(2, 5, 3)
-    with gather_moments(block, {"signal": "0"}) as found:
+    with gather_moments(block, {"signal": "0"}) as (found, _):
         block(one)
         block(two)
     block(one)
@@ -132,6 +132,6 @@ def test_hooks_go_when_the_block_fails() -> None:
 
 def test_nothing_is_gathered_where_nothing_is_asked() -> None:
     block = torch.nn.Sequential(torch.nn.Linear(3, 2))
-    with gather_moments(block, {}) as found:
+    with gather_moments(block, {}) as (found, _):
         block(torch.ones(2, 3))
     assert found == {}

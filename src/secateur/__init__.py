@@ -16,6 +16,7 @@ from secateur.errors import SecateurError
 if TYPE_CHECKING:
     from secateur.checkpoint import open_checkpoint as open_model
     from secateur.evaluation import evaluate
+    from secateur.exporting import export, verify
     from secateur.pipeline import make_plan as plan
     from secateur.plans import Plan
     from secateur.pruning import prune
@@ -31,10 +32,12 @@ _HOMES = {
     "Plan": ("secateur.plans", "Plan"),
     "Recipe": ("secateur.recipe", "Recipe"),
     "evaluate": ("secateur.evaluation", "evaluate"),
+    "export": ("secateur.exporting", "export"),
     "load_recipe": ("secateur.recipe", "load_recipe"),
     "open_model": ("secateur.checkpoint", "open_checkpoint"),
     "plan": ("secateur.pipeline", "make_plan"),
     "prune": ("secateur.pruning", "prune"),
+    "verify": ("secateur.exporting", "verify"),
 }
 
 __all__ = [
@@ -42,10 +45,12 @@ __all__ = [
     "Recipe",
     "SecateurError",
     "evaluate",
+    "export",
     "load_recipe",
     "open_model",
     "plan",
     "prune",
+    "verify",
 ]
 
 

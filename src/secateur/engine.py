@@ -178,6 +178,8 @@ class Engine:
         anatomy = self.stream.anatomy
         rest = self.to_remove - len(choice.removed) * anatomy.block_parameters
         exact = self.method.quotas(anatomy, choice.importances, max(0, rest))
+        if self.method.carries:  # which keeps the total; equal parts in units may all be off
+            return exact
         return in_units(exact, self.method.unit(anatomy))
 
     # ---- inside the blocks -------------------------------------------------------------------
@@ -250,11 +252,14 @@ class Engine:
         anatomy = self.stream.anatomy
         signals = self.method.signals(anatomy) if quota > 0 else set()
         readers = {signal: anatomy.by_signal[signal][0] for signal in sorted(signals)}
-        with gather_moments(module, readers) as moments:
+        share = self.method.held_out if readers else 0.0
+        windows, length = hidden.shape[:2]
+        apart = (windows - math.ceil(share * windows)) * length if share else None
+        with gather_moments(module, readers, apart) as (moments, late):
             out = self.stream.forward_block(layer, module, hidden)
         weights = {name: module.get_parameter(f"{name}.weight").detach() for name in anatomy.denses}
         generator = torch.Generator().manual_seed(self.seed * 100_003 + layer)
-        block = Block(layer, anatomy, weights, moments, generator)
+        block = Block(layer, anatomy, weights, moments, generator, late if share else {})
         try:
             cut = self.method.cut(block, quota)
         except ArithmeticError as error:
@@ -264,6 +269,7 @@ class Engine:
             ) from error
         for named in (cut.inputs, cut.scales, cut.rows):
             named.update({name: tensor.cpu() for name, tensor in named.items()})
+        cut.weights = {name: tensor.cpu() for name, tensor in cut.weights.items()}
         cut.groups = cut.groups.cpu() if cut.groups is not None else None
         return cut, out
 

@@ -13,8 +13,9 @@ from secateur.checkpoint import Checkpoint, local_path, open_checkpoint
 from secateur.checkpoint.writer import check_output
 from secateur.errors import OutputError, SecateurError, SourceError
 from secateur.evaluation import bench as speed
-from secateur.outputs import gguf, llama_cpp
-from secateur.outputs.hf import PLAN_TENSORS, RECORD
+from secateur.modules import MODEL_TYPE_PREFIX, MODELING_FILE
+from secateur.outputs import gguf, hf, llama_cpp
+from secateur.outputs.hf import PLAN_TENSORS, RECORD, stored_weights
 from secateur.outputs.verify import Verification, verify_folder, verify_itself
 from secateur.outputs.verify_gguf import GgufVerification, verify_gguf
 from secateur.plans import BlockCut, Plan
@@ -63,6 +64,10 @@ def export(
         raise OutputError(f"output {out} must end in .gguf, which other programs know it by")
     check_output(place, local_path(source), file=True)
     stream = Stream(open_checkpoint(source, trust_remote_code=trust_remote_code))
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"output {out} cannot be written: {error.strerror}") from error
     progress.stage(f"writing {weights} GGUF", len(stream.stored_parameters()))
     done = gguf.export(stream, place, kind=weights, step=progress.step)
     progress.finish()
@@ -106,17 +111,36 @@ def verify(
             length=512,
             progress=progress,
         )
+    trust = trust_remote_code or _brings_only_our_code(checkpoint)
+    stream = Stream(other)
+    plan = None if against is None else plan_of(checkpoint, stream)
     progress.stage("reopening in a fresh process", 1)
-    if against is None:
-        found = verify_itself(checkpoint.folder, Stream(checkpoint))
+    if plan is None:
+        found = verify_itself(checkpoint.folder, stream, trust_remote_code=trust)
     else:
-        stream = Stream(other)
         found = verify_folder(
-            checkpoint.folder, stream, plan_of(checkpoint, stream), checkpoint.dtype
+            checkpoint.folder, stream, plan, checkpoint.dtype, trust_remote_code=trust
         )
     progress.step()
     progress.finish()
     return found
+
+
+def _brings_only_our_code(checkpoint: Checkpoint) -> bool:
+    """Whether transformers may run the code of a pruned folder; stock models need none.
+
+    Raises:
+        SourceError: a pruned folder brings other code than Secateur writes.
+    """
+    if not str(checkpoint.config.model_type).startswith(MODEL_TYPE_PREFIX):
+        return False
+    if not hf.holds_only_our_code(checkpoint.folder):
+        raise SourceError(
+            f"{checkpoint.source} brings Python code that is not what this version of Secateur "
+            f"writes ({MODELING_FILE}): read it, and if you trust it repeat the command with "
+            "--trust-remote-code"
+        )
+    return True
 
 
 def plan_of(checkpoint: Checkpoint, source: Stream) -> Plan:
@@ -146,7 +170,10 @@ def plan_of(checkpoint: Checkpoint, source: Stream) -> Plan:
     for number, block in enumerate(kept):
         prefix = f"blocks.{number}."
         own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        plan.blocks.append(BlockCut.of(block, own, {}))
+        cut = BlockCut.of(block, own, {})
+        new = record["plan"]["blocks"][number].get("new_weights", [])
+        cut.weights = stored_weights(checkpoint.folder, plan, number, len(kept), new)
+        plan.blocks.append(cut)
     plan.check()
     return plan
 
@@ -174,6 +201,8 @@ def bench(
         the title says why.
     """
     progress = progress or Progress()
+    if llama_cpp.available():
+        gguf.check_type(weights)
     settings: dict[str, Any] = {
         "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats,
         "threads": threads,

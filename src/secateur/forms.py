@@ -72,6 +72,11 @@ def resolve(
         RecipeError: wishes that contradict each other.
         OutputError: the output cannot hold what was asked.
     """
+    if recipe.structure == "coupled" and "denses" in recipe.options:
+        raise RecipeError(
+            "denses names the layers that lose inputs one by one, which --structure coupled does "
+            "not do: leave out denses, or use --structure inputs"
+        )
     per_layer = True
     if target.kind == "gguf":
         from secateur.outputs.gguf_arch import home_of
@@ -92,6 +97,11 @@ def resolve(
     if structure == "auto":
         # Options that only make sense for inputs say what is meant.
         structure = "inputs" if "denses" in recipe.options else "coupled"
+    if structure == "inputs" and recipe.options.get("groups", "auto") != "auto":
+        raise RecipeError(
+            "groups counts whole KV groups, of which --structure inputs takes single columns: "
+            "leave out groups, or use --structure coupled"
+        )
     layout = recipe.layout
     if layout == "auto":
         layout = "per-layer" if per_layer else "uniform"
@@ -114,9 +124,12 @@ def _multiple(
     if recipe.round_to != "auto":
         if recipe.round_to >= width and recipe.round_to != 1:
             legal = [m for m in (1, FLOOR, KERNEL, SUPERBLOCK) if m < width]
+            allowed = (
+                f"are {', '.join(map(str, legal))} and other multiples of {FLOOR} below {width}"
+            )
             raise RecipeError(
                 f"--round-to is {recipe.round_to}, but the FFN is only {width} wide: allowed here "
-                f"are {', '.join(map(str, legal))} and other multiples of {FLOOR} below {width}"
+                + (allowed if len(legal) > 1 else "is 1")
             )
         return recipe.round_to, "as asked"
     wanted, why = KERNEL, "tiles of matrix kernels, and whole blocks of q8_0 and q4_0"

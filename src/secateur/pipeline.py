@@ -18,7 +18,7 @@ from secateur.estimate import Estimate, check_memory, estimate, parse_limit
 from secateur.forms import Form, Target, resolve
 from secateur.methods import Method, get_method
 from secateur.modules import MODEL_TYPE_PREFIX
-from secateur.outputs import hf
+from secateur.outputs import gguf, hf
 from secateur.plans import Plan
 from secateur.progress import PeakMemory, Progress
 from secateur.recipe import Recipe, parameters_to_remove
@@ -33,7 +33,8 @@ class PlanResult:
         plan: what stays.
         asked: parameters that were to go.
         form: what could be cut, and in which widths.
-        layout_cost: with uniform widths, the held-out loss of both layouts.
+        layout_cost: with uniform widths, the held-out loss of both layouts; of ``uniform`` alone
+            where blocks with widths of their own could not lose as much.
         choice: the layer stage's outcome.
         trials: held-out loss by number of removed blocks, where that was chosen.
         bytes_written: of the weights in the output's type.
@@ -78,6 +79,9 @@ class Run:
             )
         self.stream = Stream(self.checkpoint, check_device(device))
         self.form = self._form()
+        if self.target.kind == "gguf":
+            whole = recipe.options.get("layers", "auto") == 0
+            gguf.check_model(self.stream, uniform=self.form.uniform, all_blocks=whole)
         self.method: Method = get_method(recipe.method, recipe.options, self.form)
         self.dtype = self.checkpoint.dtype if recipe.dtype == "auto" else _dtype(recipe.dtype)
         anatomy = self.stream.anatomy
@@ -146,7 +150,12 @@ class Run:
                 dtype=self.dtype,
                 progress=self.progress,
             )
-            losses[layout] = round(engine.held_out_loss(choice, self.windows.tokens), 6)
+            try:
+                losses[layout] = round(engine.held_out_loss(choice, self.windows.tokens), 6)
+            except RecipeError:
+                # Blocks that only the other layout exempts leave too little: nothing to compare.
+                if method is self.method:
+                    raise
         return losses
 
     def _calibrate(self) -> Windows:

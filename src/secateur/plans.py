@@ -27,6 +27,8 @@ class BlockCut:
         inputs: kept inputs of a linear layer, ascending, (q',) int64.
         scales: factor of each kept input, (q',) float32.
         rows: kept rows of a linear layer, ascending, (p',) int64.
+        weights: new weights of the kept inputs of a linear layer, all its rows, (p, q') float32;
+            they stand in the place of the original ones and of scales.
         groups: kept KV groups, ascending, (g',) int64, where whole groups went; else None.
         notes: what happened, for the report: errors, thresholds, fallbacks.
     """
@@ -35,11 +37,12 @@ class BlockCut:
     inputs: Tensors = field(default_factory=dict)
     scales: Tensors = field(default_factory=dict)
     rows: Tensors = field(default_factory=dict)
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
     groups: torch.Tensor | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self) -> Tensors:
-        """All tensors under flat names, for a file."""
+        """All tensors but new weights under flat names, for a file; those are in the shards."""
         parts = {"inputs": self.inputs, "scales": self.scales, "rows": self.rows}
         # Coupled layers share one index tensor; a file wants each name to have its own.
         flat = {f"{k}.{name}": t.clone() for k, named in parts.items() for name, t in named.items()}
@@ -179,6 +182,7 @@ class Plan:
                         block_removed(self.anatomy, cut) / self.anatomy.block_parameters, 6
                     ),
                     "shapes": self.shapes(cut),
+                    **({"new_weights": sorted(cut.weights)} if cut.weights else {}),
                     **({"notes": cut.notes} if cut.notes else {}),
                 }
                 for cut in self.blocks
@@ -194,6 +198,12 @@ def _check_cut(anatomy: Anatomy, cut: BlockCut) -> None:
             raise PlanError(
                 f"{where}: {name} keeps {len(kept)} inputs but has {len(cut.scales[name])} scales"
             )
+    for name, weight in cut.weights.items():
+        shape = (anatomy.denses[name].rows, len(cut.inputs.get(name, ())))
+        if tuple(weight.shape) != shape:
+            raise PlanError(
+                f"{where}: new weights of {name} are {tuple(weight.shape)}, they should be {shape}"
+            )
     for name, kept in cut.rows.items():
         _check_indices(f"{where}: rows of {name}", kept, anatomy.denses[name].rows)
     if cut.groups is not None:
@@ -203,6 +213,10 @@ def _check_cut(anatomy: Anatomy, cut: BlockCut) -> None:
                 f"{anatomy.kv_heads} groups; to do without a block's attention, remove the block"
             )
         _check_indices(f"{where}: KV groups", cut.groups, anatomy.kv_heads)
+    _check_coupled(anatomy, cut, where)
+
+
+def _check_coupled(anatomy: Anatomy, cut: BlockCut, where: str) -> None:
     expected = live_rows(anatomy, cut.inputs, cut.groups)
     for coupling in anatomy.family.couplings:
         if not _in_whole_units(coupling, cut):
@@ -346,8 +360,11 @@ def mask_block(state: Tensors, cut: BlockCut, dtype: torch.dtype) -> Tensors:
 
 
 def _scaled(weight: torch.Tensor, cut: BlockCut, name: str) -> torch.Tensor:
-    """W in float32, its kept columns times their scales."""
+    """W in float32, its kept columns times their scales, or replaced by new ones."""
     weight = weight.to(torch.float32)
+    if name in cut.weights:
+        weight = torch.zeros_like(weight)
+        weight[:, cut.inputs[name]] = cut.weights[name]
     if name in cut.scales:
         factor = torch.ones(weight.shape[1])
         factor[cut.inputs[name]] = cut.scales[name]

@@ -46,7 +46,7 @@ def prune(
     out: str | Path,
     recipe: Recipe,
     *,
-    weights: str = "f16",
+    weights: str | None = None,
     device: str = "cpu",
     max_memory: str | None = None,
     trust_remote_code: bool = False,
@@ -61,7 +61,7 @@ def prune(
 
     Args:
         out: a folder for transformers, or a file that ends in ``.gguf`` for llama.cpp.
-        weights: type of the matrices in a GGUF file: f16, q8_0, q4_k_m, ...
+        weights: type of the matrices in a GGUF file: f16 (by default), q8_0, q4_k_m, ...
         verify: reopen the result in a fresh process and compare logits before it gets its name.
 
     Raises:
@@ -71,7 +71,12 @@ def prune(
     progress = progress or Progress()
     target = Target()
     if place.suffix == ".gguf":
-        target = Target("gguf", gguf.check_type(weights))
+        target = Target("gguf", gguf.check_type(weights or "f16"))
+    elif weights is not None:
+        raise OutputError(
+            f"--type {weights} is for a GGUF file, but output {out} is a folder: let --out end in "
+            ".gguf, or use --dtype for the weights of a folder"
+        )
     with PeakMemory() as memory:
         drop_waste(place)
         finished = _moved_but_not_cleaned(place)
@@ -96,9 +101,9 @@ def prune(
             ran: GgufVerification | None = None
             if target.kind == "gguf":
                 notes, ran = _export(run, journal, verify=verify)
-                journal.discard()
             else:
                 journal.finish()
+            _find_weights(plan, place if target.kind == "hf" else None)
         except SecateurError:
             journal.drop_if_fruitless()  # it would be in the way of the mended command
             raise
@@ -116,25 +121,27 @@ def prune(
 def _export(
     run: Run, journal: Journal, *, verify: bool
 ) -> tuple[list[str], GgufVerification | None]:
-    """The GGUF file from the folder that the journal holds; it replaces an earlier one of ours."""
-    folder = journal.model
-    stream = Stream(open_checkpoint(folder))
+    """The GGUF file from the folder that the journal holds; it gets its name when it is verified.
+
+    It replaces an earlier one of ours.
+    """
+    stream = Stream(open_checkpoint(journal.model))
     run.progress.stage(f"writing {run.target.weights} GGUF", len(stream.stored_parameters()))
-    journal.add("export", {})  # from here on a file of that name is ours
     written = gguf.export(
         stream,
-        journal.out,
+        journal.folder / journal.out.name,
         kind=run.target.weights,
         name=Path(run.checkpoint.source).name,
         step=run.progress.step,
     )
     run.progress.finish()
-    if not verify:
-        return written.notes, None
-    if not llama_cpp.available():
-        return [*written.notes, llama_cpp.NOT_RUN], None
-    found = verify_gguf(journal.out, stream, against="the pruned model", progress=run.progress)
-    return written.notes, found
+    notes, found = list(written.notes), None
+    if verify and llama_cpp.available():
+        found = verify_gguf(written.path, stream, against="the pruned model", progress=run.progress)
+    elif verify:
+        notes.append(llama_cpp.NOT_RUN)
+    journal.finish_file(written.path)
+    return notes, found
 
 
 def _write(run: Run, journal: Journal) -> tuple[Plan, LayerChoice, dict[str, float] | None]:
@@ -143,7 +150,7 @@ def _write(run: Run, journal: Journal) -> tuple[Plan, LayerChoice, dict[str, flo
     quotas = run.engine.quotas(choice)
     blocks = len(choice.layers)
     plan = Plan(run.stream.anatomy, [])
-    done = _finished_blocks(journal)
+    done = _finished_blocks(journal, plan, choice.layers)
     if done:
         run.progress.note(f"continuing: {len(done)} of {blocks} blocks are finished")
 
@@ -153,7 +160,10 @@ def _write(run: Run, journal: Journal) -> tuple[Plan, LayerChoice, dict[str, flo
             journal.model, plan, cut, state, number=number, blocks=blocks, dtype=run.dtype
         )
         write_tensors(_cut_file(journal, cut.source), cut.tensors())
-        journal.add("block", {"source": cut.source, "sha256": digest, "notes": cut.notes})
+        new = sorted(cut.weights)
+        entry = {"source": cut.source, "sha256": digest, "notes": cut.notes, "new_weights": new}
+        journal.add("block", entry)
+        cut.weights = hf.stored_weights(journal.model, plan, number, blocks, new)
         _check_unchanged(run, journal)
 
     if journal.find("files") is None:
@@ -201,11 +211,23 @@ def _check_unchanged(run: Run, journal: Journal) -> None:
         )
 
 
+def _find_weights(plan: Plan, folder: Path | None) -> None:
+    """Let new weights be read where the model has gone to; forget them where there is no folder."""
+    for number, cut in enumerate(plan.blocks):
+        names, blocks = list(cut.weights), len(plan.blocks)
+        cut.weights = hf.stored_weights(folder, plan, number, blocks, names) if folder else {}
+
+
+def _model_folder(journal: Journal) -> Path:
+    """Where the model's files are: still in the work folder, or under their name already."""
+    return journal.model if any(journal.model.glob("*")) else journal.out
+
+
 def _cut_file(journal: Journal, source: int) -> Path:
     return journal.folder / f"cut-{source:05d}.safetensors"
 
 
-def _finished_blocks(journal: Journal) -> dict[int, BlockCut]:
+def _finished_blocks(journal: Journal, plan: Plan, layers: list[int]) -> dict[int, BlockCut]:
     from safetensors.torch import load_file
 
     done: dict[int, BlockCut] = {}
@@ -213,7 +235,10 @@ def _finished_blocks(journal: Journal) -> dict[int, BlockCut]:
         if entry["kind"] == "block":
             source = entry["value"]["source"]
             tensors = load_file(_cut_file(journal, source))
-            done[source] = BlockCut.of(source, tensors, entry["value"]["notes"])
+            cut = BlockCut.of(source, tensors, entry["value"]["notes"])
+            number, new = layers.index(source), entry["value"]["new_weights"]
+            cut.weights = hf.stored_weights(_model_folder(journal), plan, number, len(layers), new)
+            done[source] = cut
     return done
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
@@ -74,21 +75,30 @@ class Recipe(BaseModel):
         "auto", description="type of the written weights; auto: as in the source"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_pieces(cls, fields: Any) -> Any:
+        """One text for all that ``round_to`` cannot be, be it a number or not."""
+        wish = fields.get("round_to", "auto") if isinstance(fields, dict) else "auto"
+        if wish == "auto":
+            return fields
+        number = 0
+        if isinstance(wish, int | str) and not isinstance(wish, bool):
+            with suppress(ValueError):
+                number = int(wish)
+        if number != 1 and (number < 32 or number % 32):
+            raise ValueError(
+                f"--round-to is {wish}: allowed are auto, 1, and multiples of 32, which "
+                "is the smallest piece that kernels and quantisers take; try --round-to 64"
+            )
+        return {**fields, "round_to": number}
+
     @model_validator(mode="after")
     def _one_target(self) -> Recipe:
         given = [name for name in ("remove", "params", "size") if getattr(self, name) is not None]
         if len(given) != 1:
             said = " and ".join(f"--{name}" for name in given) or "none of them"
             raise ValueError(f"give exactly one of --remove, --params and --size, not {said}")
-        if (
-            isinstance(self.round_to, int)
-            and self.round_to != 1
-            and (self.round_to < 32 or self.round_to % 32)
-        ):
-            raise ValueError(
-                f"--round-to is {self.round_to}: allowed are auto, 1, and multiples of 32, which "
-                "is the smallest piece that kernels and quantisers take; try --round-to 64"
-            )
         if self.of == "decoder" and self.remove is None:
             raise ValueError("--of decoder goes with --remove")
         return self

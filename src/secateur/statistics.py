@@ -43,6 +43,18 @@ class Moments:
             self.total += chunk.sum(0, dtype=torch.float64)
         self.tokens += len(flat)
 
+    def less(self, part: Moments) -> Moments:
+        """The moments of the tokens that are not in ``part``."""
+        return Moments(
+            self.second - part.second, self.total - part.total, self.tokens - part.tokens
+        )
+
+    def plus(self, other: Moments) -> Moments:
+        """The moments of both sets of tokens."""
+        return Moments(
+            self.second + other.second, self.total + other.total, self.tokens + other.tokens
+        )
+
     @property
     def covariance(self) -> torch.Tensor:
         """H / T = E[x x^T], (q, q), float64."""
@@ -56,27 +68,41 @@ class Moments:
 
 @contextmanager
 def gather_moments(
-    block: nn.Module, layer_of_signal: Mapping[str, str]
-) -> Iterator[dict[str, Moments]]:
+    block: nn.Module, layer_of_signal: Mapping[str, str], apart: int | None = None
+) -> Iterator[tuple[dict[str, Moments], dict[str, Moments]]]:
     """Gather the moments of each signal while ``block`` runs.
 
     Args:
         layer_of_signal: for each signal wanted, one linear layer of the block that reads it.
+        apart: number of the token from which on moments are also summed on their own.
+
+    Yields:
+        the moments of all tokens, and of those from ``apart`` on; filled while the block runs.
     """
     found: dict[str, Moments] = {}
+    late: dict[str, Moments] = {}
+    seen = dict.fromkeys(layer_of_signal, 0)
     handles = []
     for signal, path in layer_of_signal.items():
         layer = block.get_submodule(path)
 
         def hook(_: nn.Module, args: tuple[Any, ...], signal: str = signal) -> None:
-            x = args[0]
-            if signal not in found:
-                found[signal] = Moments.empty(x.shape[-1], x.device)
-            found[signal].add(x)
+            x = args[0].reshape(-1, args[0].shape[-1])
+            for moments in (found, late):
+                moments.setdefault(signal, Moments.empty(x.shape[-1], x.device))
+            early = len(x) if apart is None else min(max(apart - seen[signal], 0), len(x))
+            seen[signal] += len(x)
+            if early:
+                found[signal].add(x[:early])
+            if early < len(x):
+                late[signal].add(x[early:])
 
         handles.append(layer.register_forward_pre_hook(hook))
     try:
-        yield found
+        yield found, late
     finally:
         for handle in handles:
             handle.remove()
+    if apart is not None:
+        for signal, part in late.items():
+            found[signal] = found[signal].plus(part)

@@ -25,6 +25,9 @@ from secateur.errors import SourceError
 #: Keys of our files: the transformers config, and where each tensor comes from.
 CONFIG_KEY = "secateur.config"
 TABLE_KEY = "secateur.tensors"
+#: Stands in a file for a list of no merges, which llama.cpp does not take: these signs are no
+#: bytes, so no text of bytes has them.
+NO_MERGES = "▁ ▁"
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -41,20 +44,21 @@ class ExportedGguf(GgufCheckpoint):
         from secateur.modules import MODEL_TYPE_PREFIX, pruned_config
 
         def made() -> tuple[Any, Any]:
-            from transformers import AutoConfig, PreTrainedTokenizerFast
+            from transformers import AutoConfig
 
             if str(raw.get("model_type", "")).startswith(MODEL_TYPE_PREFIX):
                 config = pruned_config(raw)
             else:
                 config = AutoConfig.for_model(**raw)
-            place = {"gguf_file": self.path.name, "name_or_path": str(self.path.parent)}
-            return config, PreTrainedTokenizerFast(**place)
+            return config, _tokenizer_of(self.path, reader)
 
         try:
             raw = json.loads(reader.fields[CONFIG_KEY].contents())
             table = json.loads(reader.fields[TABLE_KEY].contents())
+            if not isinstance(raw, dict):
+                raise TypeError("the config is no object")
             self._places = dict(self._each_part(table))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
             raise SourceError(
                 f"{self.path} has damaged entries {CONFIG_KEY} or {TABLE_KEY} ({error!r}): export "
                 "it again"
@@ -79,6 +83,8 @@ class ExportedGguf(GgufCheckpoint):
         for name, parts, heads in table:
             first = 0
             for part, rows in parts:
+                if rows < 1 or heads < 0 or (heads and rows % (2 * heads)):
+                    raise ValueError(f"rows of {part}")
                 yield str(part), (str(name), first, int(rows), int(heads))
                 first += int(rows)
             if first != self.tensors[str(name)].shape[0]:
@@ -91,6 +97,19 @@ class ExportedGguf(GgufCheckpoint):
 
     def skeleton_names(self, names: Iterable[str], skeleton: Any) -> dict[str, str]:
         return {name: name for name in names if name in self.tensors}
+
+
+def _tokenizer_of(path: Path, reader: Any) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    merges = reader.fields.get("tokenizer.ggml.merges")
+    if merges is None or merges.contents() != [NO_MERGES]:
+        return PreTrainedTokenizerFast(gguf_file=path.name, name_or_path=str(path.parent))
+    from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
+
+    architecture, parts, settings = get_gguf_tokenizer(str(path))
+    made, more = convert_gguf_tokenizer(architecture, {**parts, "merges": []})
+    return PreTrainedTokenizerFast(tokenizer_object=made, **settings, **more)
 
 
 def _config_of(folder: Path) -> Any:

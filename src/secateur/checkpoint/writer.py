@@ -243,9 +243,16 @@ class Journal:
                 self.out.rmdir()  # check_output made sure that it is empty
             os.replace(self.model, self.out)
             _sync_folder(self.out.parent)
-        self.discard()
+        self._discard()
 
-    def discard(self) -> None:
+    def finish_file(self, made: Path) -> None:
+        """The same where the result is one file, which lies in the work folder."""
+        self.add("export", {})  # from here on a file of that name is ours
+        os.replace(made, self.out)
+        _sync_folder(self.out.parent)
+        self._discard()
+
+    def _discard(self) -> None:
         """Drop the work folder; what was wanted of it stands elsewhere by now."""
         # Renamed first: a work folder that a kill leaves half removed could not be gone on from.
         waste = waste_folder(self.out)

@@ -93,8 +93,6 @@ def recipe_of(
         if fields.get(key) is not None
     }  # fmt: skip
     given = {key: value for key, value in fields.items() if value is not None}
-    if str(given.get("round_to", "")).isdecimal():
-        given["round_to"] = int(given["round_to"])
     if file is not None:
         return load_recipe(file, **given, calibration=calibration, options=options)
     return make_recipe(**given, calibration=calibration, options=options)

@@ -59,8 +59,9 @@ def prune(
     seed: Seed = None,
     dtype: Dtype = None,
     weights: Annotated[
-        str, typer.Option("--type", help="weights of a GGUF file: f16, q8_0, q4_0, q4_k_m, ...")
-    ] = "f16",
+        str | None,
+        typer.Option("--type", help="weights of a GGUF file: f16, q8_0, q4_0, q4_k_m, ... [f16]"),
+    ] = None,
     device: Device = "cpu",
     max_memory: MaxMemory = None,
     trust_remote_code: Trust = False,

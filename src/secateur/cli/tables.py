@@ -53,6 +53,9 @@ def _why_off(result: PlanResult, gone: int) -> str:
             f"all {len(result.plan.blocks)} widths go in steps of {result.form.multiple} together; "
             "try --round-to 1, or another --layers"
         )
+    if result.form.structure == "coupled":
+        each = f", and FFN neurons {result.form.multiple} at a time"
+        return "KV groups go whole" + (each if result.form.multiple > 1 else "")
     if gone > result.asked:
         return "count: columns leaves dead rows out of the target"
     return "no remaining layer could lose another input"
@@ -91,10 +94,12 @@ def print_result(result: PlanResult) -> None:
         print(f"the difference is above 0.2 points: {_why_off(result, gone)}")
     print(f"FFN widths: multiples of {result.form.multiple} ({result.form.reason})")
     if result.layout_cost is not None:
-        free, same = result.layout_cost["per-layer"], result.layout_cost["uniform"]
+        free, same = result.layout_cost.get("per-layer"), result.layout_cost["uniform"]
         print(
             f"one width for all blocks: perplexity {math.exp(same):.2f} on held-out windows, with "
             f"widths of their own {math.exp(free):.2f} ({math.expm1(same - free):+.1%})"
+            if free is not None
+            else f"one width for all blocks: perplexity {math.exp(same):.2f} on held-out windows"
         )
     print(f"weights {result.bytes_written / 1e6:.1f} MB")
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +30,8 @@ class Block:
         anatomy: of the model.
         weights: weight of each linear layer by path, (p, q), float32.
         moments: statistics of each signal that the method asked for.
+        held_out: the same of the windows that a method keeps apart (:attr:`Method.held_out`); they
+            are in ``moments`` too.
         generator: for methods that draw; seeded from the recipe's seed and the block's number.
     """
 
@@ -38,6 +40,7 @@ class Block:
     weights: dict[str, torch.Tensor]
     moments: dict[str, Moments]
     generator: torch.Generator
+    held_out: dict[str, Moments] = field(default_factory=dict)
 
 
 class Method(ABC):
@@ -52,6 +55,8 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     Options: ClassVar[type[BaseModel]]
+    #: Share of the windows whose statistics a method also wants apart, to judge fits by.
+    held_out: ClassVar[float] = 0.0
 
     def __init__(self, options: BaseModel, form: Form) -> None:
         self.options: Any = options

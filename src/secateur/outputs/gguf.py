@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +24,11 @@ from secateur.errors import OutputError
 from secateur.outputs import gguf_arch
 from secateur.outputs.gguf_arch import Entry
 from secateur.outputs.gguf_tokenizer import add_tokenizer
+from secateur.plans import Widths
 from secateur.streaming import Stream
 
 if TYPE_CHECKING:
-    from gguf import GGMLQuantizationType
+    from gguf import GGMLQuantizationType, GGUFWriter
 
 #: Types that are encoded here. The others (K-quants) llama.cpp's own quantiser makes.
 OWN_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -73,6 +75,33 @@ def check_type(kind: str) -> str:
     )
 
 
+def check_model(stream: Stream, *, uniform: bool, all_blocks: bool) -> None:
+    """Refuse a model that could not be written once it is pruned, before that work is done.
+
+    All of a file but its tensors is made of the model as it is, and thrown away.
+
+    Args:
+        uniform: whether all blocks will have one width.
+        all_blocks: whether all of them stay.
+
+    Raises:
+        OutputError: llama.cpp has no architecture, tokenizer or type for this model.
+    """
+    from gguf import GGUFWriter
+
+    config = stream.checkpoint.config
+    blocks = gguf_arch.block_widths(stream)
+    arch = gguf_arch.choose(config, blocks, stream.anatomy.head_size)
+    if not uniform:
+        arch = gguf_arch.home_of(config.model_type).per_layer or arch
+    if arch == "smollm3" and not all_blocks:
+        raise OutputError(
+            "llama.cpp's architecture smollm3 leaves positions out in every fourth block, which "
+            "removing whole blocks would move: use --layers 0, or give --out a folder name"
+        )
+    _describe(GGUFWriter(None, arch), arch, stream, blocks)
+
+
 def export(
     stream: Stream,
     path: Path,
@@ -98,12 +127,10 @@ def export(
         if kind in OWN_TYPES:
             arch, notes = _write(stream, beside, kind, name, step)
         else:
-            from secateur.outputs.llama_cpp import quantize
-
             whole = path.with_name(f".{path.name}.f32.tmp")
             try:
                 arch, notes = _write(stream, whole, "f32", name, step)
-                notes += quantize(whole, beside, kind)
+                notes += _quantized(whole, beside, path, kind)
             finally:
                 whole.unlink(missing_ok=True)
             with beside.open("rb") as file:
@@ -115,27 +142,38 @@ def export(
     return Exported(path, arch, size, notes)
 
 
+def _quantized(whole: Path, beside: Path, path: Path, kind: str) -> list[str]:
+    """Let llama.cpp make ``beside``, which is to become ``path``, of ``whole``; return notes."""
+    from secateur.outputs.llama_cpp import quantize
+
+    try:
+        return quantize(whole, beside, kind)
+    except OutputError as error:
+        reason = str(error).replace(str(whole), str(path))  # the user has never heard of ``whole``
+        raise OutputError(
+            f"{reason}; try another --type, or prune with --round-to {QUANT_BLOCK}"
+        ) from error
+
+
 def _write(
     stream: Stream, path: Path, kind: str, name: str | None, step: Callable[[str], None]
 ) -> tuple[str, list[str]]:
     from gguf import GGUFWriter
 
+    config, size = stream.checkpoint.config, stream.anatomy.head_size
     blocks = gguf_arch.block_widths(stream)
-    config = stream.checkpoint.config
-    arch = gguf_arch.choose(config.model_type, blocks, tied=bool(config.tie_word_embeddings))
+    arch = gguf_arch.choose(config, blocks, size)
     writer = GGUFWriter(path, arch)
     writer.add_type("model")
     writer.add_name((name or Path(stream.checkpoint.source).name).removesuffix(".gguf"))
-    notes = gguf_arch.add_model_fields(writer, arch, stream, blocks)
-    notes += add_tokenizer(writer, stream.checkpoint.folder, int(config.vocab_size))
+    table, notes = _describe(writer, arch, stream, blocks)
     writer.add_string("secateur.version", secateur.__version__)
     writer.add_string(CONFIG_KEY, json.dumps(config_values(stream), sort_keys=True))
-    table = list(gguf_arch.entries(stream, arch, blocks))
     writer.add_string(TABLE_KEY, json.dumps([_origin(stream, entry) for entry in table]))
     types = {entry.name: _type_of(entry, kind) for entry in table}
     notes += _fallbacks(table, types, kind)
     _add_file_type(writer, kind)
-    factors = gguf_arch.rope_factors(config, stream.anatomy.head_size)
+    factors = gguf_arch.rope_factors(config, size)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype("float32"),
                                4 * len(factors))  # fmt: skip
@@ -152,8 +190,10 @@ def _write(
             file.write(factors.numpy().tobytes())
             writer.write_padding(file, file.tell())
         for entry in table:
-            for piece in _pieces(stream, entry):
-                file.write(_encode(piece, types[entry.name], entry).tobytes())
+            # Mapped, not looped over: a loop's variable would hold a piece, and so the tensor it
+            # is a piece of, while the next tensor is read.
+            encode = partial(_encode, kind=types[entry.name], entry=entry)
+            file.writelines(map(encode, _pieces(stream, entry)))
             writer.write_padding(file, file.tell())
             step(entry.name)
         file.flush()
@@ -161,6 +201,17 @@ def _write(
     finally:
         writer.close()
     return arch, notes
+
+
+def _describe(
+    writer: GGUFWriter, arch: str, stream: Stream, blocks: list[Widths]
+) -> tuple[list[Entry], list[str]]:
+    """Add the keys of model and tokenizer; return the tensors to be, and notes for the user."""
+    notes = gguf_arch.add_model_fields(writer, arch, stream, blocks)
+    notes += add_tokenizer(
+        writer, stream.checkpoint.folder, int(stream.checkpoint.config.vocab_size)
+    )
+    return list(gguf_arch.entries(stream, arch, blocks)), notes
 
 
 def config_values(stream: Stream) -> dict[str, Any]:
@@ -228,15 +279,18 @@ def _announce(writer: Any, entry: Entry, kind: GGMLQuantizationType) -> None:
 def _pieces(stream: Stream, entry: Entry) -> Iterator[torch.Tensor]:
     """The tensor in float32, some rows at a time, in llama.cpp's order."""
     for part in entry.parts:
-        tensor = stream.read_tensor(part)
-        if entry.heads:
-            tensor = interleave(tensor, entry.heads)
-        rows = max(1, VALUES_AT_ONCE // max(1, tensor[0].numel()))
-        for piece in tensor.split(rows):
-            yield piece.float()
+        yield from _split(stream.read_tensor(part), entry.heads)
 
 
-def _encode(piece: torch.Tensor, kind: GGMLQuantizationType, entry: Entry) -> Any:
+def _split(tensor: torch.Tensor, heads: int) -> Iterator[torch.Tensor]:
+    if heads:
+        tensor = interleave(tensor, heads)
+    rows = max(1, VALUES_AT_ONCE // max(1, tensor[0].numel()))
+    for piece in tensor.split(rows):
+        yield piece.float()
+
+
+def _encode(piece: torch.Tensor, kind: GGMLQuantizationType, entry: Entry) -> bytes:
     """Values as the bytes of the type.
 
     Raises:
@@ -251,4 +305,5 @@ def _encode(piece: torch.Tensor, kind: GGMLQuantizationType, entry: Entry) -> An
             f"tensor {entry.name} has weights too large for {kind.name.lower()}: write --type "
             "bf16 or f32"
         )
-    return quantize(values, kind)
+    encoded: bytes = quantize(values, kind).tobytes()
+    return encoded

@@ -2,7 +2,8 @@
 
 llama.cpp has no notion of "LLaMA with other widths in each block", but two of its architectures
 read widths per block: ``deci`` (any LLaMA, Mistral or Qwen2 shape) and ``openelm`` (Qwen3 shapes,
-head tied to the embedding). A model whose blocks are all alike goes under its own name.
+head tied to the embedding). A model whose blocks are all alike goes under its own name. What
+llama.cpp would refuse, or worse, compute otherwise, is refused here with a reason.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ HOMES = {
 }
 #: Architectures that rotate neighboring rows of a head, where transformers rotates its two halves.
 INTERLEAVED = {"llama", "deci", "smollm3", "granite"}
+#: Architectures that take a bias in every layer; others none, or only of queries, keys and values.
+BIASED = {"llama", "deci", "granite"}
+#: Architectures that read a divisor for each rotary frequency, as the scaling llama3 needs.
+FREQUENCY_FACTORS = {"llama", "deci", "granite"}
+#: What llama.cpp takes for settings of the rotary scaling yarn that a file has no place for.
+YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "mscale": None, "mscale_all_dim": None}
 
 
 @dataclass(frozen=True)
@@ -91,15 +98,22 @@ def block_widths(stream: Stream) -> list[Widths]:
     return found
 
 
-def choose(model_type: str, blocks: Sequence[Widths], *, tied: bool) -> str:
+def choose(config: Any, blocks: Sequence[Widths], head_size: int) -> str:
     """The architecture that holds these blocks.
+
+    Args:
+        config: of the model in transformers.
 
     Raises:
         OutputError: there is none; the line says what is in the way and which flag removes it.
     """
-    base = model_type.removeprefix(MODEL_TYPE_PREFIX)
+    base = str(config.model_type).removeprefix(MODEL_TYPE_PREFIX)
     home = home_of(base)
     if len(set(blocks)) == 1:
+        # qwen2 derives the size of a head from the hidden width, and reads no frequency factors.
+        plain = blocks[0].query_heads * head_size == config.hidden_size
+        if home.uniform == "qwen2" and not (plain and _rope_type(config) != "llama3"):
+            return "deci"
         return home.uniform
     what = _differences(blocks)
     if home.per_layer is None:
@@ -107,7 +121,7 @@ def choose(model_type: str, blocks: Sequence[Widths], *, tied: bool) -> str:
             f"llama.cpp cannot hold this model: {what}, but its architecture {home.uniform} for "
             f"{base} has one width for all blocks; prune the original with --layout uniform"
         )
-    if home.per_layer == "openelm" and not tied:
+    if home.per_layer == "openelm" and not config.tie_word_embeddings:
         raise OutputError(
             f"llama.cpp cannot hold this model: {what}, and openelm, its only architecture for "
             f"{base} blocks of different widths, has no head of its own, which this model has; "
@@ -167,9 +181,12 @@ def entries(stream: Stream, arch: str, blocks: Sequence[Widths]) -> Iterator[Ent
         heads = 0
         if name.startswith(prefix):
             number, _, inner = path.removeprefix(prefix).partition(".")
-            if arch == "openelm" and inner in (query, key, value):
-                if leaf == "bias":
-                    raise _no_place(arch, name)
+            fused = arch == "openelm" and inner in (query, key, value)
+            if leaf == "bias" and (
+                fused or (arch not in BIASED and inner not in (query, key, value))
+            ):
+                raise _no_place(arch, name)
+            if fused:
                 if inner == query:
                     parts = tuple(f"{prefix}{number}.{n}.weight" for n in (query, key, value))
                     rows = sum(shapes[part][0] for part in parts)
@@ -203,7 +220,7 @@ def _check_rows(name: str, shape: tuple[int, ...], rows: int | None) -> None:
 def _no_place(arch: str, name: str) -> OutputError:
     return OutputError(
         f"llama.cpp's architecture {arch} has no place for tensor {name}: write a Hugging Face "
-        "folder instead, or prune the original with --layout uniform"
+        "folder instead"
     )
 
 
@@ -218,7 +235,7 @@ def add_model_fields(
     config, size = stream.checkpoint.config, stream.anatomy.head_size
     notes = []
     activation = getattr(config, "hidden_act", "silu")
-    if activation != "silu":
+    if activation not in ("silu", "swish"):
         raise OutputError(
             f"llama.cpp's architecture {arch} computes silu in its FFN, this model {activation}: "
             "write a Hugging Face folder instead"
@@ -254,8 +271,9 @@ def add_model_fields(
         if places != [i for i in range(len(blocks)) if (i + 1) % 4 == 0]:
             raise OutputError(
                 "llama.cpp's architecture smollm3 leaves positions out in every fourth block, "
-                f"this model in blocks {', '.join(map(str, places)) or '(none)'}: removing whole "
-                "blocks moved them; prune the original with --layers 0"
+                f"this model in blocks {', '.join(map(str, places)) or '(none)'}: if removing "
+                "whole blocks moved them, prune the original with --layers 0, else write a Hugging "
+                "Face folder instead"
             )
     return notes
 
@@ -263,23 +281,35 @@ def add_model_fields(
 def _add_rope(writer: GGUFWriter, arch: str, config: Any, size: int) -> None:
     from gguf import RopeScalingType
 
-    rope = dict(config.rope_parameters)
-    kind = rope.get("rope_type", "default")
+    rope, kind = dict(config.rope_parameters), _rope_type(config)
     share = float(rope.get("partial_rotary_factor") or 1.0)
-    writer.add_rope_dimension_count(int(size * share))
+    if share != 1.0:
+        raise OutputError(
+            f"llama.cpp's architecture {arch} rotates whole heads, this model {share:g} of each "
+            "(partial_rotary_factor): write a Hugging Face folder instead"
+        )
+    writer.add_rope_dimension_count(size)
     writer.add_rope_freq_base(float(rope["rope_theta"]))
     if kind == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
     elif kind == "yarn":
+        factor = float(rope["factor"])
+        usual = {**YARN, "attention_factor": 0.1 * math.log(factor) + 1}
+        odd = [name for name in usual if rope.get(name) not in (None, usual[name])]
+        if odd:
+            raise OutputError(
+                f"rotary scaling yarn with {', '.join(f'{n} {rope[n]}' for n in odd)} cannot be "
+                "written to GGUF, which has no place for that: write a Hugging Face folder instead"
+            )
         writer.add_rope_scaling_type(RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(float(rope["factor"]))
+        writer.add_rope_scaling_factor(factor)
         original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
         writer.add_rope_scaling_orig_ctx_len(int(original))
-    elif kind == "llama3" and arch == "openelm":
+    elif kind == "llama3" and arch not in FREQUENCY_FACTORS:
         raise OutputError(
-            "llama.cpp's architecture openelm ignores the rotary scaling llama3, which this model "
-            "has: prune the original with --layout uniform"
+            f"llama.cpp's architecture {arch} ignores the rotary scaling llama3, which this model "
+            "has: write a Hugging Face folder instead"
         )
     elif kind not in ("default", "llama3"):
         raise OutputError(
@@ -288,9 +318,13 @@ def _add_rope(writer: GGUFWriter, arch: str, config: Any, size: int) -> None:
         )
 
 
+def _rope_type(config: Any) -> str:
+    return str(config.rope_parameters.get("rope_type", "default"))
+
+
 def rope_factors(config: Any, head_size: int) -> torch.Tensor | None:
     """Divisors of the rotary frequencies (head size / 2,), for scalings that have one each."""
-    if config.rope_parameters.get("rope_type", "default") != "llama3":
+    if _rope_type(config) != "llama3":
         return None
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

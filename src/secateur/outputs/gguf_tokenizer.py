@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from secateur.checkpoint.exported_gguf import NO_MERGES
 from secateur.errors import OutputError
 from secateur.outputs.gguf_splits import SPLITS, name_of, regexes_of, shown
 from secateur.outputs.tokenizer_parts import (
@@ -248,11 +249,10 @@ def _token_list(opened: Opened, cut: Cut) -> tuple[list[str], list[int]]:
 def _spaced(merges: list[tuple[str, str]]) -> list[str]:
     """Merges as GGUF has them, both parts with a space between.
 
-    A part with a space inside cannot be told from that, nor does it occur in text of bytes. The
-    list cannot be empty: the merge that stands in joins signs that are no bytes.
+    A part with a space inside cannot be told from that, nor does it occur in text of bytes.
     """
     found = [f"{left} {right}" for left, right in merges if " " not in left + right]
-    return found or [f"{SPACE} {SPACE}"]
+    return found or [NO_MERGES]
 
 
 def _scores(merges: list[tuple[str, str]], tokens: list[str], notes: list[str]) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,46 @@ def write_block(
     return write_tensors(
         folder / shard_name(number, blocks), {prefix + k: v for k, v in sliced.items()}
     )
+
+
+class StoredWeights(Mapping[str, torch.Tensor]):
+    """New weights of a block, read from its shard when they are asked for, one at a time.
+
+    A plan that held them would hold a good part of the model.
+
+    Args:
+        folder: of the written model.
+        shard: file in it.
+        prefix: of the block's tensors.
+        names: linear layers with new weights.
+    """
+
+    def __init__(self, folder: Path, shard: str, prefix: str, names: Iterable[str]) -> None:
+        self._file = folder / shard
+        self._prefix = prefix
+        self._names = list(names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        from safetensors import safe_open
+
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self._file, framework="pt") as shard:
+            return shard.get_tensor(f"{self._prefix}{name}.weight").float()
+
+
+def stored_weights(
+    folder: Path, plan: Plan, number: int, blocks: int, names: Iterable[str]
+) -> StoredWeights:
+    """The new weights of the ``number``-th remaining block, where it has been written."""
+    prefix = f"{plan.anatomy.family.blocks}.{number}."
+    return StoredWeights(folder, shard_name(number, blocks), prefix, names)
 
 
 def write_outside(folder: Path, tensors: Tensors, *, blocks: int, dtype: torch.dtype) -> None:
@@ -119,11 +160,7 @@ def make_config(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> dict[
         return config
     config["model_type"] = pruned_type(base_config)
     config["architectures"] = [f"Secateur{base_model}"]
-    module = MODELING_FILE.removesuffix(".py")
-    config["auto_map"] = {
-        "AutoConfig": f"{module}.Secateur{base_config}",
-        "AutoModelForCausalLM": f"{module}.Secateur{base_model}",
-    }
+    config["auto_map"] = _auto_map(base_config, base_model)
     config["secateur"] = {
         "base_config": base_config,
         "base_model": base_model,
@@ -131,6 +168,28 @@ def make_config(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> dict[
         "shapes": [plan.shapes(cut) for cut in plan.blocks],
     }
     return config
+
+
+def _auto_map(base_config: str, base_model: str) -> dict[str, str]:
+    module = MODELING_FILE.removesuffix(".py")
+    return {
+        "AutoConfig": f"{module}.Secateur{base_config}",
+        "AutoModelForCausalLM": f"{module}.Secateur{base_model}",
+    }
+
+
+def holds_only_our_code(folder: Path) -> bool:
+    """Whether a pruned folder's Python code is what :func:`write_config` puts there, to the byte.
+
+    Such a folder may have come from anywhere; opening it in transformers runs what it holds.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = config["secateur"]["base_config"], config["secateur"]["base_model"]
+    return (
+        config.get("auto_map") == _auto_map(*names)
+        and [path.name for path in folder.rglob("*.py")] == [MODELING_FILE]
+        and (folder / MODELING_FILE).read_bytes() == modeling_file(*names).encode()
+    )
 
 
 def stock_keys(checkpoint: Checkpoint, plan: Plan) -> dict[str, int] | None:

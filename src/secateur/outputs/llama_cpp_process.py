@@ -220,6 +220,7 @@ def _quantize(file: str, target: str, ftype: int) -> list[str]:
     params = library.LlamaModelQuantizeParams()
     params.ftype = ftype
     params.nthread = _cores()
+    _log.take(WARNING)  # of tasks before
     _run(file, library.model_quantize, file, target, params)
     return _log.take(WARNING)
 

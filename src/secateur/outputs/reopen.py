@@ -1,9 +1,10 @@
 """Run in a fresh process: open a folder as a user would and compute logits.
 
-``python -m secateur.outputs.reopen FOLDER REFERENCE [streamed]`` where REFERENCE is a safetensors
-file with ``tokens`` (windows, length) and ``logits`` (windows, length, vocabulary). Prints one JSON
-object. Nothing of the pruning code is imported, unless the whole model is too much for this
-machine: then it is streamed from the written files, block by block.
+``python -m secateur.outputs.reopen FOLDER REFERENCE MODE`` where REFERENCE is a safetensors file
+with ``tokens`` (windows, length) and ``logits`` (windows, length, vocabulary). Prints one JSON
+object. MODE is ``opened``, or ``trusted`` to let Python code of the folder run; then nothing of the
+pruning code is imported. Where the whole model is too much for this machine it is ``streamed``:
+read from the files block by block.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import sys
 
 
-def main(folder: str, reference: str) -> None:
+def opened(folder: str, reference: str, *, trust: bool) -> None:
     """Print the largest difference of logits, and whether cached generation agrees with them."""
     import torch
     from safetensors.torch import load_file
@@ -24,7 +25,7 @@ def main(folder: str, reference: str) -> None:
     wanted = load_file(reference)
     tokens, logits = wanted["tokens"], wanted["logits"]
     model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=True, output_loading_info=True
+        folder, dtype=torch.float32, trust_remote_code=trust, output_loading_info=True
     )
     model.eval()
     with torch.no_grad():
@@ -81,5 +82,13 @@ def streamed(folder: str, reference: str) -> None:
     print(json.dumps(result))
 
 
+def main(folder: str, reference: str, mode: str) -> None:
+    """See the top of this file."""
+    if mode == "streamed":
+        streamed(folder, reference)
+    else:
+        opened(folder, reference, trust=mode == "trusted")
+
+
 if __name__ == "__main__":
-    (streamed if sys.argv[3:] == ["streamed"] else main)(*sys.argv[1:3])
+    main(*sys.argv[1:])

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from secateur.checkpoint.gguf_file import TOKENIZER_KEYS
+from secateur.checkpoint.safetensors_folder import load_config
 from secateur.errors import OutputError
+from secateur.modules import MODEL_TYPE_PREFIX
 
 ADVICE = "give --out a folder name instead"
 
@@ -69,7 +71,12 @@ def open_tokenizer(folder: Path, rows: int) -> Opened:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        config = None
+        kind = str(read_json(folder / "config.json").get("model_type", ""))
+        if kind.startswith(MODEL_TYPE_PREFIX):
+            # transformers does not know our types, and reads not every config without its class.
+            config = load_config(folder, str(folder), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:  # of many kinds; tokenizers itself raises plain Exception
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise OutputError(

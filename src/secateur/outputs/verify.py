@@ -47,13 +47,20 @@ class Verification:
 
 
 def verify_folder(
-    folder: Path, stream: Stream, plan: Plan, dtype: torch.dtype, *, memory: int | None = None
+    folder: Path,
+    stream: Stream,
+    plan: Plan,
+    dtype: torch.dtype,
+    *,
+    memory: int | None = None,
+    trust_remote_code: bool = True,
 ) -> Verification:
     """Open ``folder`` in a fresh process and compare it with the masked original.
 
     Args:
         memory: bytes that the fresh process may use; by default what is free now. Where the whole
             model in float32 does not fit, it is streamed instead of opened by transformers.
+        trust_remote_code: whether the fresh process may run Python code of the folder.
 
     Raises:
         VerifyError: it does not open, weights are missing, or logits differ.
@@ -63,15 +70,17 @@ def verify_folder(
     hidden = masked_hidden(stream, plan, tokens, dtype)
     stream.head(hidden, tokens, lambda _, window: logits.append(window.cpu()), dtype=dtype)
     parameters = plan.sizes().parameters
-    return _compare(folder, tokens, torch.stack(logits), parameters, memory)
+    return _compare(folder, tokens, torch.stack(logits), parameters, memory, trust_remote_code)
 
 
-def verify_itself(folder: Path, stream: Stream, *, memory: int | None = None) -> Verification:
+def verify_itself(
+    folder: Path, stream: Stream, *, memory: int | None = None, trust_remote_code: bool = False
+) -> Verification:
     """Open ``folder`` in a fresh process and compare it with the same files read block by block.
 
     Args:
         stream: of the same folder.
-        memory: as for :func:`verify_folder`.
+        memory, trust_remote_code: as for :func:`verify_folder`.
 
     Raises:
         VerifyError: it does not open, weights are missing, or logits differ.
@@ -81,11 +90,16 @@ def verify_itself(folder: Path, stream: Stream, *, memory: int | None = None) ->
     hidden = stream.forward(tokens)
     stream.head(hidden, tokens, lambda _, window: logits.append(window.cpu()))
     parameters = sum(p.numel() for p in stream.stored_parameters().values())
-    return _compare(folder, tokens, torch.stack(logits), parameters, memory)
+    return _compare(folder, tokens, torch.stack(logits), parameters, memory, trust_remote_code)
 
 
 def _compare(
-    folder: Path, tokens: torch.Tensor, logits: torch.Tensor, parameters: int, memory: int | None
+    folder: Path,
+    tokens: torch.Tensor,
+    logits: torch.Tensor,
+    parameters: int,
+    memory: int | None,
+    trust: bool,
 ) -> Verification:
     """Let a fresh process open the folder and compare its logits with these."""
     with tempfile.TemporaryDirectory(prefix="secateur-verify-") as temporary:
@@ -95,10 +109,12 @@ def _compare(
         save_file({"tokens": tokens, "logits": logits}, reference)
         # The shipped modelling file is copied by transformers; not into the user's cache.
         whole = 4 * parameters + BASE
-        mode = ["streamed"] if whole > (memory or _free_memory()) else []
+        mode = "streamed" if whole > (memory or _free_memory()) else "opened"
+        if trust and mode == "opened":
+            mode = "trusted"
         environment = {**os.environ, "HF_MODULES_CACHE": temporary, "HF_HUB_OFFLINE": "1"}
         run = subprocess.run(
-            [sys.executable, "-m", "secateur.outputs.reopen", str(folder), str(reference), *mode],
+            [sys.executable, "-m", "secateur.outputs.reopen", str(folder), str(reference), mode],
             capture_output=True,
             text=True,
             env=environment,

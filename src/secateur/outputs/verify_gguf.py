@@ -8,6 +8,7 @@ texts at once, says for each of its tokens whether that had been its own choice 
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +86,8 @@ def verify_gguf(
     Args:
         reference: the torch model, for example of the folder that the file was exported from.
         against: what to call it.
-        windows, length: of the built-in evaluation text, for the perplexity.
+        windows, length: of the built-in evaluation text, for the perplexity; windows are no longer
+            than the model's positions.
 
     Raises:
         VerifyError: a float32 file does not write what torch would write, or the perplexity of a
@@ -94,12 +96,20 @@ def verify_gguf(
     """
     llama_cpp.require("verifying a GGUF file")
     progress = progress or Progress()
-    tokenizer = reference.checkpoint.tokenizer
-    check_vocabulary(tokenizer, int(reference.checkpoint.config.vocab_size))
+    tokenizer, config = reference.checkpoint.tokenizer, reference.checkpoint.config
+    check_vocabulary(tokenizer, int(config.vocab_size))
+    length = min(length, getattr(config, "max_position_embeddings", None) or length)
     prompts = [encode(tokenizer, text).tolist() for text in PROMPTS]
     same_tokens = llama_cpp.tokenize(file, PROMPTS) == prompts
+    if not same_tokens:
+        raise VerifyError(
+            f"{file} splits text into other tokens than the tokenizer of {against}: it is of "
+            "another model, or its tokenizer keys are wrong for this one; then please report"
+        )
     progress.stage("verifying in llama.cpp", 4)
     written = llama_cpp.greedy(file, prompts, NEW_TOKENS)
+    if max(map(max, written)) >= int(config.vocab_size):
+        raise VerifyError(f"{file} writes tokens that {against} has not: it is of another model")
     progress.step("wrote texts")
     gaps, largest = _gaps(reference, prompts, written)
     progress.step("torch read them")
@@ -107,10 +117,10 @@ def verify_gguf(
         load_text("builtin", use="evaluation"), tokenizer, length=length, most=windows
     )
     losses = llama_cpp.losses(file, found.tokens.tolist())
-    mine = math.exp(sum(map(sum, losses)) / sum(map(len, losses)))
+    mine = _perplexity(sum(map(sum, losses)) / sum(map(len, losses)))
     progress.step("perplexity in llama.cpp")
     hidden = reference.forward(found.tokens)
-    theirs = math.exp(float(reference.losses(hidden, found.tokens).mean()))
+    theirs = _perplexity(float(reference.losses(hidden, found.tokens).mean()))
     progress.step("perplexity in torch")
     progress.finish()
     result = GgufVerification(
@@ -127,16 +137,21 @@ def verify_gguf(
     return result
 
 
+def _perplexity(loss: float) -> float:
+    """exp of a mean loss; of damaged weights it may be beyond all numbers."""
+    return math.exp(loss) if loss < math.log(sys.float_info.max) else math.inf
+
+
 def _judge(file: Path, found: GgufVerification) -> None:
-    if not found.same_tokens:
-        raise VerifyError(
-            f"{file} splits text into other tokens than the tokenizer of {found.against}: its "
-            "tokenizer keys are wrong for this model; please report"
-        )
     if found.kind == "F32" and found.chosen < found.asked:
         raise VerifyError(
             f"{file} writes another text than {found.against}: {found.asked - found.chosen} of "
             f"{found.asked} greedy tokens are not torch's choice"
+        )
+    if not (math.isfinite(found.perplexity) and math.isfinite(found.reference)):
+        raise VerifyError(
+            f"{file} has perplexity {found.perplexity:.3g} in llama.cpp, {found.against} "
+            f"{found.reference:.3g} in torch: its weights are damaged"
         )
     allowed = ALLOWED.get(found.kind)
     if allowed is not None and not abs(found.loss) <= allowed:

@@ -1,0 +1,98 @@
+"""Structured Optimal Brain Surgeon with a refit that is never worse than none.
+
+Units go greedily by what their removal costs once all others have made up for it; what is kept is
+then fitted in closed form, pulled to the original weights as strongly as windows that were kept out
+of the fit ask for. ``docs/obs.md`` has the equations, the choices and what each is worth.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from secateur.anatomy import Anatomy
+from secateur.errors import RecipeError
+from secateur.methods.base import Block, register
+from secateur.methods.structured import Structured, StructuredOptions, short
+from secateur.plans import BlockCut
+from secateur.solvers.brain_surgeon import GreedyOrder, best_pull, output_error, refit
+
+
+class ObsOptions(StructuredOptions):
+    """Settings of structured OBS."""
+
+    inputs: Literal["identical", "sequential"] = Field(
+        "sequential", description="statistics from the cut prefix, or from the uncut model"
+    )
+    choice_damping: float = Field(
+        0.01, gt=0, description="damping of H where units are chosen, of mean diag H"
+    )
+    refit: bool = Field(True, description="fit the kept weights in closed form")
+    pull: float | Literal["auto"] = Field(
+        "auto",
+        description="pull of fitted weights to the original, of mean diag H; auto: the best on "
+        "windows kept out of the fit",
+    )
+    steps: int = Field(256, ge=8, description="steps of the greedy removal in each layer")
+
+
+@register
+class Obs(Structured):
+    """See the module and ``docs/obs.md``."""
+
+    name = "obs"
+    summary = "heads and neurons by Optimal Brain Surgeon, kept weights fitted in closed form"
+    Options = ObsOptions
+    options: ObsOptions
+
+    #: Share of the windows whose statistics are also kept apart, to judge fits by.
+    held_out = 0.3
+
+    def check(self, anatomy: Anatomy) -> None:
+        super().check(anatomy)
+        if self.form.structure == "inputs":
+            raise RecipeError(
+                "method obs removes whole units, not inputs of single layers: use --structure "
+                "coupled, or --method comp"
+            )
+
+    def removal(self, block: Block, name: str, unit: int) -> RefitRemoval:
+        return RefitRemoval(block, name, unit, self.options)
+
+
+class RefitRemoval:
+    """Units of one layer in greedy order, and the fit of what is kept."""
+
+    def __init__(self, block: Block, name: str, unit: int, options: ObsOptions) -> None:
+        reads = block.anatomy.denses[name].reads
+        self._weight = block.weights[name]
+        self._all = block.moments[reads]
+        self._apart = block.held_out[reads]
+        self._options = options
+        self._order = GreedyOrder(
+            self._weight,
+            self._all.covariance,
+            unit=unit,
+            damping=options.choice_damping,
+            steps=options.steps,
+        )
+        self.kept = self._order.kept
+        self.cost = self._order.error
+
+    def finish(self, removed: int, cut: BlockCut, name: str) -> None:
+        """New weights of the kept inputs, or the original ones where no fit is better."""
+        kept, weight, second = cut.inputs[name], self._weight, self._all.covariance
+        pull: float | None = None
+        if self._options.refit:
+            pull = self._options.pull if self._options.pull != "auto" else self._best(kept)
+        new = weight[:, kept].double() if pull is None else refit(weight, second, kept, pull)
+        cut.notes["error"][name] = short(output_error(weight, second, kept, new))
+        if pull is not None:
+            cut.weights = {**cut.weights, name: new.to(torch.float32)}
+            cut.notes.setdefault("pull", {})[name] = pull
+
+    def _best(self, kept: torch.Tensor) -> float | None:
+        rest = self._all.less(self._apart)
+        return best_pull(self._weight, rest.covariance, self._apart.covariance, kept)
