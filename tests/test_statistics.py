@@ -100,7 +100,10 @@ def test_layers_that_read_one_signal_see_the_same(name: str) -> None:
 
     for path in anatomy.denses:
         remember(path)
-    with gather_moments(block, {path: path for path in anatomy.denses}) as (found, _), torch.no_grad():
+    with (
+        gather_moments(block, {path: path for path in anatomy.denses}) as (found, _),
+        torch.no_grad(),
+    ):
         model(tokens)
     assert found.keys() == anatomy.denses.keys()
     for path, x in seen.items():
@@ -135,3 +138,20 @@ def test_nothing_is_gathered_where_nothing_is_asked() -> None:
     with gather_moments(block, {}) as (found, _):
         block(torch.ones(2, 3))
     assert found == {}
+
+
+def test_the_last_tokens_apart() -> None:
+    """All tokens are in the first moments, those from a place on also in the second."""
+    torch.manual_seed(0)
+    block = torch.nn.Sequential(torch.nn.Linear(5, 3))
+    x = torch.randn(4, 6, 5)
+    with gather_moments(block, {"signal": "0"}, apart=15) as (found, late), torch.no_grad():
+        for batch in x.split(2):
+            block(batch)
+    flat = x.reshape(-1, 5).double()
+    assert (found["signal"].tokens, late["signal"].tokens) == (24, 9)
+    torch.testing.assert_close(found["signal"].second, flat.T @ flat, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(late["signal"].second, flat[15:].T @ flat[15:], rtol=1e-5, atol=1e-5)
+    rest = found["signal"].less(late["signal"])
+    assert rest.tokens == 15
+    torch.testing.assert_close(rest.total, flat[:15].sum(0), rtol=1e-5, atol=1e-5)
