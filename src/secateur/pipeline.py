@@ -12,6 +12,7 @@ import torch
 import secateur
 from secateur.calibration import Windows, check_vocabulary, draw_windows, load_text
 from secateur.checkpoint import Checkpoint, open_checkpoint
+from secateur.devices import check_device
 from secateur.engine import Engine, LayerChoice
 from secateur.errors import RecipeError, SourceError
 from secateur.estimate import Estimate, check_memory, estimate, parse_limit
@@ -22,7 +23,7 @@ from secateur.outputs import gguf, hf
 from secateur.plans import Plan
 from secateur.progress import PeakMemory, Progress
 from secateur.recipe import Recipe, parameters_to_remove
-from secateur.streaming import Stream, check_device
+from secateur.streaming import Stream
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import nn
 
 from secateur.anatomy import Anatomy, describe
 from secateur.checkpoint import Checkpoint
-from secateur.errors import RecipeError, SourceError
+from secateur.errors import SourceError
 from secateur.progress import give_back_memory
 
 #: Tokens that pass a block in one call. Bounds the FFN's activations to a few tens of MB.
@@ -288,31 +288,6 @@ class Stream:
             yield
         finally:
             setattr(parent, leaf, self._blocks)
-
-
-def check_device(name: str) -> str:
-    """A device that exists.
-
-    Raises:
-        RecipeError: torch does not know it, or there is none here.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")  # as unusable as an unknown one
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise RecipeError(f"device is {name!r}: choose cpu, cuda, cuda:1 or mps")
-    count = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }[device.type]
-    if count == 0:
-        raise RecipeError(f"device is {name!r}, but torch sees no GPU here: use --device cpu")
-    if (device.index or 0) >= count:
-        last = f"{device.type}:{count - 1}" if device.type == "cuda" else device.type
-        raise RecipeError(f"device is {name!r}, but the last one here is {last}")
-    return name
 
 
 def build_skeleton(checkpoint: Checkpoint) -> Any:

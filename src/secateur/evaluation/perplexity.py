@@ -8,8 +8,9 @@ from pathlib import Path
 
 from secateur.calibration import Windows, check_vocabulary, consecutive_windows, load_text
 from secateur.checkpoint import Checkpoint, open_checkpoint
+from secateur.devices import check_device
 from secateur.progress import Progress
-from secateur.streaming import Stream, check_device
+from secateur.streaming import Stream
 
 
 @dataclass(frozen=True)
