@@ -16,7 +16,7 @@ import torch
 from secateur.boundaries import Boundaries
 from secateur.errors import RecipeError, SourceError
 from secateur.methods import Block, Method, Quotas
-from secateur.plans import BlockCut, Plan, Tensors, block_removed, mask_block
+from secateur.plans import BlockCut, Plan, Tensors, block_removed, check_cut, mask_block
 from secateur.progress import Progress
 from secateur.solvers.budget import in_units
 from secateur.statistics import gather_moments
@@ -240,7 +240,6 @@ class Engine:
                         out = self.stream.forward_block(layer, module, hidden)
                 hidden = out
             self.progress.step(f"block {layer}")
-        plan.check()
         self.progress.finish()
         if probe_out is not None and probed is not None:
             probe_out.append(probed)
@@ -271,6 +270,7 @@ class Engine:
             named.update({name: tensor.cpu() for name, tensor in named.items()})
         cut.weights = {name: tensor.cpu() for name, tensor in cut.weights.items()}
         cut.groups = cut.groups.cpu() if cut.groups is not None else None
+        check_cut(anatomy, cut)  # before anything is written by it
         return cut, out
 
 

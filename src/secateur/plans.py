@@ -154,7 +154,7 @@ class Plan:
                 that are coupled keep different units.
         """
         for cut in self.blocks:
-            _check_cut(self.anatomy, cut)
+            check_cut(self.anatomy, cut)
 
     def sizes(self) -> Sizes:
         """Parameters that are left."""
@@ -190,7 +190,8 @@ class Plan:
         }
 
 
-def _check_cut(anatomy: Anatomy, cut: BlockCut) -> None:
+def check_cut(anatomy: Anatomy, cut: BlockCut) -> None:
+    """One block of :meth:`Plan.check`."""
     where = f"the plan of block {cut.source}"
     for name, kept in cut.inputs.items():
         _check_indices(f"{where}: inputs of {name}", kept, anatomy.denses[name].inputs)
