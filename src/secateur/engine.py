@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
-from secateur.boundaries import Boundaries
 from secateur.errors import RecipeError, SourceError
+from secateur.layers import LayerChoice, Round, by_influence, by_loss, search_work
 from secateur.methods import Block, Method, Quotas
 from secateur.plans import BlockCut, Plan, Tensors, block_removed, check_cut, mask_block
 from secateur.progress import Progress
@@ -24,20 +23,6 @@ from secateur.streaming import Stream
 
 #: Takes a finished block: its cut, and its original tensors in float32 on the CPU.
 Sink = Callable[[BlockCut, Tensors], None]
-
-
-@dataclass(frozen=True)
-class LayerChoice:
-    """Blocks that stay, the importance of each on the shortened model, blocks in order of removal.
-
-    ``held_out_loss`` is the mean loss per token on windows kept out of the statistics, where the
-    number of removed blocks was chosen by it.
-    """
-
-    layers: list[int]
-    importances: dict[int, float]
-    removed: list[int]
-    held_out_loss: float | None = None
 
 
 class Engine:
@@ -72,44 +57,45 @@ class Engine:
     # ---- whole blocks ------------------------------------------------------------------------
 
     def layer_stage(self, tokens: torch.Tensor) -> Iterator[LayerChoice]:
-        """With 0, 1, 2, ... blocks removed, each time the least important of what is left.
+        """See :func:`secateur.layers.by_influence`."""
+        return by_influence(self.stream, self.method, tokens, self.progress)
 
-        After a removal only what lies behind it is run again, since nothing before it changed.
+    def layer_counts(self) -> Sequence[int]:
+        """Numbers of whole blocks that may be removed, by the method and this model's depth.
+
+        Raises:
+            RecipeError: none can be had.
         """
         anatomy = self.stream.anatomy
-        layers = list(range(anatomy.layers))
-        removed: list[int] = []
-        importances: dict[int, float] = {}
-        inputs = Boundaries()
-        try:
-            hidden = self.stream.embed(tokens)
-            start = 0
-            while True:
-                self.progress.stage(f"layer stage, {len(removed)} removed", len(layers) - start)
-                for layer in layers[start:]:
-                    inputs[layer] = hidden
-                    with self.stream.block(layer) as module:
-                        out = self.stream.forward_block(layer, module, hidden)
-                    importances[layer] = self.method.layer_importance(hidden, out)
-                    if not math.isfinite(importances[layer]):
-                        raise SourceError(
-                            f"block {layer} puts out NaN or infinite values on the calibration "
-                            "text: check the weights, or try other text with --calibration"
-                        )
-                    hidden = out
-                    self.progress.step(f"block {layer} importance {importances[layer]:.4f}")
-                self.progress.finish()
-                yield LayerChoice(list(layers), dict(importances), list(removed))
-                worst = min(layers, key=lambda layer: importances[layer])
-                start = layers.index(worst)
-                layers.remove(worst)
-                del importances[worst]
-                removed.append(worst)
-                hidden = inputs[worst]
-        finally:
-            inputs.close()
+        counts = self.method.layer_counts(self.to_remove / anatomy.block_parameters)
+        depth = range(anatomy.layers)
+        most = sum(bool(self.method.candidates(depth[gone:])) for gone in range(anatomy.layers - 1))
+        if min(counts) > most:
+            raise RecipeError(
+                f"{min(counts)} of {anatomy.layers} blocks would go, but method {self.method.name} "
+                f"can remove at most {most} here: ask for less"
+            )
+        return counts
 
-    def choose_layers(self, tokens: torch.Tensor) -> LayerChoice:
+    def passes(self) -> tuple[float, int]:
+        """Passes over all blocks that the run takes, about, and passes through the head for losses.
+
+        Raises:
+            RecipeError: see :meth:`layer_counts`.
+        """
+        counts = self.layer_counts()
+        if self.method.ranking == "loss":
+            runs, heads = search_work(self.method, self.stream.anatomy.layers, counts[0])
+            return runs / self.stream.anatomy.layers, heads
+        return (2 if len(counts) == 1 else 2 + 2 * min(3, len(counts))), 0
+
+    def choose_layers(
+        self,
+        tokens: torch.Tensor,
+        *,
+        known: Sequence[Round] = (),
+        note: Callable[[Round], None] = lambda _: None,
+    ) -> LayerChoice:
         """The blocks that stay, by the method's wish or by the loss on held-out windows.
 
         For the choice, the last three tenths of the windows are kept out of the statistics, every
@@ -117,9 +103,23 @@ class Engine:
         are tried upwards until one is no better than the one before. A few hundred tokens are a
         noisy judge, so removing another block must win by more than the standard error of the
         paired difference per token.
+
+        Args:
+            known, note: removals by the loss, of an earlier run and of this one; see
+                :func:`secateur.layers.by_loss`.
         """
-        most = self.to_remove // self.stream.anatomy.block_parameters
-        counts = self.method.layer_counts(most)
+        counts = self.layer_counts()
+        if self.method.ranking is None:
+            return LayerChoice(list(range(self.stream.anatomy.layers)), {}, [])
+        if self.method.ranking == "loss":
+            choice, rounds = by_loss(
+                self.stream, self.method, tokens, counts[0], self.progress, known=known, note=note
+            )
+            self.trials = [
+                {"layers": number, "loss": round(each.loss, 6), "block_runs": each.runs}
+                for number, each in enumerate(rounds, 1)
+            ]
+            return choice
         if len(counts) > 1:
             count, loss = self._best_count(tokens, counts)
         else:
@@ -178,9 +178,9 @@ class Engine:
         anatomy = self.stream.anatomy
         rest = self.to_remove - len(choice.removed) * anatomy.block_parameters
         exact = self.method.quotas(anatomy, choice.importances, max(0, rest))
-        if self.method.carries:  # which keeps the total; equal parts in units may all be off
-            return exact
-        return in_units(exact, self.method.unit(anatomy))
+        if not self.method.carries:  # which keeps the total; equal parts in units may all be off
+            exact = in_units(exact, self.method.unit(anatomy))
+        return {layer: exact.get(layer, 0) for layer in choice.layers}
 
     # ---- inside the blocks -------------------------------------------------------------------
 
@@ -208,22 +208,26 @@ class Engine:
         plan = Plan(self.stream.anatomy, [])
         name = "cutting blocks" if probe is None else "trial cut"
         self.progress.stage(name, len(layers))
-        hidden = self.stream.embed(tokens)
         probed = self.stream.embed(probe) if probe is not None else None
-        last_cut = max((i for i in layers if i not in done), default=-1)
+        open_ = [layer for layer in layers if layer not in done]
+        # Behind these, nothing needs what blocks put out, or nothing needs the blocks at all.
+        last_read = max((i for i in open_ if self._signals(quotas[i])), default=-1)
+        last_cut = max(open_, default=-1)
+        hidden = self.stream.embed(tokens) if last_read >= 0 else None
         missed = 0  # parameters that blocks so far should have lost and have not
         for layer in layers:
             quota = quotas[layer]
             if quota and self.method.carries:
                 quota += missed
             if layer > last_cut and probe is None:
-                plan.blocks.append(done[layer])  # nothing behind it needs its output
+                plan.blocks.append(done[layer])
                 self.progress.step()
                 continue
             with self.stream.block(layer) as module:
-                identical = self.method.identical_inputs
+                if layer > last_read:
+                    hidden = None
                 if layer in done:
-                    cut, out = done[layer], self.stream.forward_block(layer, module, hidden)
+                    cut, out = done[layer], self._pass_on(layer, module, hidden)
                 else:
                     cut, out = self._cut_block(layer, module, hidden, quota)
                 plan.blocks.append(cut)
@@ -232,12 +236,13 @@ class Engine:
                 state = _state(module)
                 if sink is not None and layer not in done:
                     sink(cut, state)
-                if probed is not None or not identical:
+                again = hidden is not None and not self.method.identical_inputs
+                if probed is not None or again:
                     _load_masked(self.stream, module, state, cut, self.dtype)
                     if probed is not None:
                         probed = self.stream.forward_block(layer, module, probed)
-                    if not identical:
-                        out = self.stream.forward_block(layer, module, hidden)
+                    if again:
+                        out = self._pass_on(layer, module, hidden)
                 hidden = out
             self.progress.step(f"block {layer}")
         self.progress.finish()
@@ -245,17 +250,28 @@ class Engine:
             probe_out.append(probed)
         return plan
 
+    def _signals(self, quota: int) -> set[str]:
+        """Signals whose statistics the cut of a block needs."""
+        return self.method.signals(self.stream.anatomy) if quota > 0 else set()
+
+    def _pass_on(
+        self, layer: int, module: torch.nn.Module, hidden: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """What a block puts out, where anything behind it needs that."""
+        return None if hidden is None else self.stream.forward_block(layer, module, hidden)
+
     def _cut_block(
-        self, layer: int, module: torch.nn.Module, hidden: torch.Tensor, quota: int
-    ) -> tuple[BlockCut, torch.Tensor]:
+        self, layer: int, module: torch.nn.Module, hidden: torch.Tensor | None, quota: int
+    ) -> tuple[BlockCut, torch.Tensor | None]:
         anatomy = self.stream.anatomy
-        signals = self.method.signals(anatomy) if quota > 0 else set()
+        signals = self._signals(quota)
         readers = {signal: anatomy.by_signal[signal][0] for signal in sorted(signals)}
-        share = self.method.held_out if readers else 0.0
-        windows, length = hidden.shape[:2]
-        apart = (windows - math.ceil(share * windows)) * length if share else None
+        share, apart = self.method.held_out if readers else 0.0, None
+        if hidden is not None and share:
+            windows, length = hidden.shape[:2]
+            apart = (windows - math.ceil(share * windows)) * length
         with gather_moments(module, readers, apart) as (moments, late):
-            out = self.stream.forward_block(layer, module, hidden)
+            out = self._pass_on(layer, module, hidden)
         weights = {name: module.get_parameter(f"{name}.weight").detach() for name in anatomy.denses}
         generator = torch.Generator().manual_seed(self.seed * 100_003 + layer)
         block = Block(layer, anatomy, weights, moments, generator, late if share else {})

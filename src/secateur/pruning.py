@@ -16,9 +16,9 @@ from secateur.checkpoint.writer import (
     write_json,
     write_tensors,
 )
-from secateur.engine import LayerChoice
 from secateur.errors import OutputError, SecateurError, SourceError
 from secateur.forms import Target
+from secateur.layers import LayerChoice, Round
 from secateur.outputs import gguf, hf, llama_cpp
 from secateur.outputs.card import model_card
 from secateur.outputs.hf import PLAN_TENSORS, RECORD
@@ -182,10 +182,15 @@ def _layer_choice(run: Run, journal: Journal) -> tuple[LayerChoice, dict[str, fl
     """The blocks that stay, and what one width for all of them costs; from the journal if known."""
     found = journal.find("layers")
     if found is None:
-        choice = run.engine.choose_layers(run.windows.tokens)
+        known = [Round.of(e["value"]) for e in journal.entries if e["kind"] == "removed"]
+        choice = run.engine.choose_layers(
+            run.windows.tokens,
+            known=known,
+            note=lambda done: journal.add("removed", done.to_json()),
+        )
         found = {
             "layers": choice.layers,
-            "importances": [choice.importances[i] for i in choice.layers],
+            "importances": [choice.importances.get(i) for i in choice.layers],
             "removed": choice.removed,
             "loss": choice.held_out_loss,
             "trials": run.engine.trials,
@@ -193,7 +198,8 @@ def _layer_choice(run: Run, journal: Journal) -> tuple[LayerChoice, dict[str, fl
         }
         journal.add("layers", found)
     run.engine.trials = found["trials"]
-    importances = dict(zip(found["layers"], found["importances"], strict=True))
+    ranked = zip(found["layers"], found["importances"], strict=True)
+    importances = {i: value for i, value in ranked if value is not None}
     choice = LayerChoice(found["layers"], importances, found["removed"], found["loss"])
     return choice, found["layout_cost"]
 

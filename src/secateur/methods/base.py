@@ -7,7 +7,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel
@@ -57,6 +57,11 @@ class Method(ABC):
     Options: ClassVar[type[BaseModel]]
     #: Share of the windows whose statistics a method also wants apart, to judge fits by.
     held_out: ClassVar[float] = 0.0
+    #: What whole blocks are ranked by: what goes in and comes out of each
+    #: (:meth:`layer_importance`), or the loss of the model without it. None: all blocks stay.
+    ranking: ClassVar[Literal["influence", "loss"] | None] = "influence"
+    #: Whether anything goes inside blocks.
+    cuts_inside: ClassVar[bool] = True
 
     def __init__(self, options: BaseModel, form: Form) -> None:
         self.options: Any = options
@@ -69,25 +74,45 @@ class Method(ABC):
             RecipeError: with what is allowed.
         """
 
-    @abstractmethod
-    def layer_counts(self, most: int) -> Sequence[int]:
-        """Numbers of whole blocks to try removing, none above ``most``; one means: no choice."""
+    def layer_counts(self, worth: float) -> Sequence[int]:
+        """Numbers of whole blocks to try removing; one means: no choice.
 
-    @abstractmethod
+        Args:
+            worth: blocks that the parameters to be removed make.
+
+        Raises:
+            RecipeError: a number that the options name does not go with that.
+        """
+        return (0,)
+
+    @property
+    def looks_again(self) -> bool:
+        """Whether blocks are ranked anew, on the shortened model, after each removal."""
+        return True
+
+    def candidates(self, layers: Sequence[int]) -> Sequence[int]:
+        """Which of the blocks that are left may go next."""
+        return layers
+
     def layer_importance(self, inputs: torch.Tensor, outputs: torch.Tensor) -> float:
-        """Importance of a block from what goes in and comes out, (windows, length, hidden)."""
+        """Importance of a block from what goes in and comes out, (windows, length, hidden).
 
-    @abstractmethod
+        1 - E_t cos(x_t^l, x_t^{l+1}): ShortGPT's block influence, COMP's Eq. 3.
+        """
+        cosine = torch.nn.functional.cosine_similarity(inputs, outputs, dim=-1)
+        return 1 - float(cosine.double().mean())
+
     def signals(self, anatomy: Anatomy) -> set[str]:
-        """Signals of which second moments are needed."""
+        """Signals of which statistics are needed; none need no run of the model."""
+        return set()
 
-    @abstractmethod
     def quotas(self, anatomy: Anatomy, importances: dict[int, float], total: int) -> Quotas:
-        """Parameters that each remaining block shall lose, ``total`` together.
+        """Parameters that remaining blocks shall lose, ``total`` together; none by default.
 
         Raises:
             RecipeError: the blocks cannot lose that much.
         """
+        return {}
 
     def unit(self, anatomy: Anatomy) -> int:
         """Parameters of the smallest piece that can go; quotas are made multiples of it."""
@@ -103,9 +128,9 @@ class Method(ABC):
         """Choose what stays of one block so that ``quota`` parameters go."""
 
     @property
-    @abstractmethod
     def identical_inputs(self) -> bool:
         """Whether statistics come from the uncut model rather than from the cut prefix."""
+        return True
 
 
 _REGISTRY: dict[str, type[Method]] = {}

@@ -81,7 +81,8 @@ class Structured(Method):
 
     # ---- layer stage -------------------------------------------------------------------------
 
-    def layer_counts(self, most: int) -> Sequence[int]:
+    def layer_counts(self, worth: float) -> Sequence[int]:
+        most = int(worth)
         if self.options.layers == "auto":
             return range(min(most, self.options.max_layers) + 1)
         if self.options.layers > most:
@@ -90,11 +91,6 @@ class Structured(Method):
                 f"most {most} blocks: lower --layers or raise --remove"
             )
         return (self.options.layers,)
-
-    def layer_importance(self, inputs: torch.Tensor, outputs: torch.Tensor) -> float:
-        """1 - E_t cos(x_t^l, x_t^{l+1}): COMP's Eq. 3, ShortGPT's block influence."""
-        cosine = torch.nn.functional.cosine_similarity(inputs, outputs, dim=-1)
-        return 1 - float(cosine.double().mean())
 
     def quotas(self, anatomy: Anatomy, importances: dict[int, float], total: int) -> Quotas:
         """COMP's Eq. 10: r_l = w_l (r N - n N^) / N^ with w_l proportional to 1 / I_l.
