@@ -38,7 +38,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "shortgpt": ("shortgpt", {}),
     "shortgpt iterative": ("shortgpt", {"order": "iterative", "distance": "angular"}),
     "sleb": ("sleb", {}),
+    "random": ("random", {}),
+    "random global": ("random", {"shares": "global"}),
+    "magnitude-sp": ("magnitude-sp", {}),
+    "wanda-sp": ("wanda-sp", {}),
+    "wanda-sp neurons": ("wanda-sp", {"groups": "keep", "inputs": "identical"}),
+    "flap": ("flap", {}),
+    "flap UL-UM": ("flap", {"shares": "UL-UM", "metric": "WIFN"}),
+    "flap alone": ("flap", {"bias": False, "metric": "IFV", "square_heads": False}),
 }
+#: Those that go different ways through the journal.
+TO_KILL = ["shortgpt", "sleb", "random global", "wanda-sp", "flap"]
 
 
 def recipe(case: str, **fields: Any) -> Recipe:
@@ -107,7 +117,7 @@ def forked(model_folder: Folder) -> Any:
     assert server.wait(timeout=60) == 0
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("comp", "obs")])
+@pytest.mark.parametrize("case", TO_KILL)
 def test_killed_and_gone_on_with(case: str, forked: Any, tmp_path: Path) -> None:
     """After every line of the journal, and in the middle of the one before the first block."""
     status, moments = forked(case, tmp_path / "whole")
@@ -121,6 +131,11 @@ def test_killed_and_gone_on_with(case: str, forked: Any, tmp_path: Path) -> None
         status, again = forked(case, out)
         assert status == 0
         assert {p.name: p.read_bytes() for p in out.iterdir()} == wanted
-        for kind in ("layers", "removed", "block"):  # what is in the journal is not done again
+        for kind in (
+            "layers",
+            "removed",
+            "shares",
+            "block",
+        ):  # what is in the journal is not done again
             done = moments[: at + 1].count(f"after line {kind}")
             assert again.count(f"after line {kind}") == moments.count(f"after line {kind}") - done

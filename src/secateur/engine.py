@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from secateur.errors import RecipeError, SourceError
 from secateur.layers import LayerChoice, Round, by_influence, by_loss, search_work
-from secateur.methods import Block, Method, Quotas
+from secateur.methods import Block, Method, Share, Shares
 from secateur.plans import BlockCut, Plan, Tensors, block_removed, check_cut, mask_block
 from secateur.progress import Progress
-from secateur.solvers.budget import in_units
-from secateur.statistics import gather_moments
+from secateur.statistics import Channels, Moments, gather
 from secateur.streaming import Stream
 
 #: Takes a finished block: its cut, and its original tensors in float32 on the CPU.
@@ -136,11 +138,11 @@ class Engine:
         for choice in self.layer_stage(statistics):
             count = len(choice.removed)
             try:
-                quotas = self.quotas(choice)
+                shares = self.shares(choice, statistics)
             except RecipeError as error:
                 refused = refused or error  # the first says most: it had all blocks to take from
             else:
-                losses = self._trial_losses(choice, quotas, statistics, probe)
+                losses = self._trial_losses(choice, shares, statistics, probe)
                 loss = float(losses.mean())
                 self.trials.append({"layers": count, "held_out_loss": round(loss, 6)})
                 self.progress.note(f"{count} blocks removed: held-out loss {loss:.4f}")
@@ -159,35 +161,51 @@ class Engine:
     def held_out_loss(self, choice: LayerChoice, tokens: torch.Tensor) -> float:
         """Mean loss on windows kept out of the statistics, with these blocks left."""
         statistics, probe = _held_out(tokens)
-        losses = self._trial_losses(choice, self.quotas(choice), statistics, probe)
+        losses = self._trial_losses(choice, self.shares(choice, statistics), statistics, probe)
         return float(losses.mean())
 
     def _trial_losses(
-        self, choice: LayerChoice, quotas: Quotas, statistics: torch.Tensor, probe: torch.Tensor
+        self, choice: LayerChoice, shares: Shares, statistics: torch.Tensor, probe: torch.Tensor
     ) -> torch.Tensor:
         hidden: list[torch.Tensor] = []
-        self.neuron_stage(choice.layers, quotas, statistics, probe=probe, probe_out=hidden)
+        self.neuron_stage(choice.layers, shares, statistics, probe=probe, probe_out=hidden)
         return self.stream.losses(hidden[0], probe)
 
-    def quotas(self, choice: LayerChoice) -> Quotas:
-        """Parameters that each remaining block shall lose.
+    def shares(self, choice: LayerChoice, tokens: torch.Tensor) -> Shares:
+        """What each remaining block shall lose.
+
+        Args:
+            tokens: (windows, length), for the statistics of a method that looks ahead.
 
         Raises:
             RecipeError: they cannot lose that much.
         """
-        anatomy = self.stream.anatomy
-        rest = self.to_remove - len(choice.removed) * anatomy.block_parameters
-        exact = self.method.quotas(anatomy, choice.importances, max(0, rest))
-        if not self.method.carries:  # which keeps the total; equal parts in units may all be off
-            exact = in_units(exact, self.method.unit(anatomy))
-        return {layer: exact.get(layer, 0) for layer in choice.layers}
+        anatomy, method = self.stream.anatomy, self.method
+        rest = max(0, self.to_remove - len(choice.removed) * anatomy.block_parameters)
+        surveys = self._survey(choice.layers, tokens) if method.looks_ahead else {}
+        return method.allocate(anatomy, choice.layers, choice.importances, surveys, rest)
+
+    def _survey(self, layers: list[int], tokens: torch.Tensor) -> dict[int, Any]:
+        """One look at every block, uncut, with statistics; only the method's answers are kept."""
+        found: dict[int, Any] = {}
+        self.progress.stage("survey", len(layers))
+        reads = bool(self.method.signals(self.stream.anatomy))
+        hidden = self.stream.embed(tokens) if reads else None
+        for layer in layers:
+            with self.stream.block(layer) as module:
+                block, hidden = self._look(layer, module, hidden)
+                with _finite_statistics(layer):
+                    found[layer] = self.method.survey(block)
+            self.progress.step(f"block {layer}")
+        self.progress.finish()
+        return found
 
     # ---- inside the blocks -------------------------------------------------------------------
 
     def neuron_stage(
         self,
         layers: list[int],
-        quotas: Quotas,
+        shares: Shares,
         tokens: torch.Tensor,
         *,
         sink: Sink | None = None,
@@ -195,7 +213,7 @@ class Engine:
         probe: torch.Tensor | None = None,
         probe_out: list[torch.Tensor] | None = None,
     ) -> Plan:
-        """Cut every block in ``layers`` by its quota.
+        """Cut every block in ``layers`` by its share.
 
         Args:
             tokens: (windows, length), for the statistics.
@@ -211,12 +229,12 @@ class Engine:
         probed = self.stream.embed(probe) if probe is not None else None
         open_ = [layer for layer in layers if layer not in done]
         # Behind these, nothing needs what blocks put out, or nothing needs the blocks at all.
-        last_read = max((i for i in open_ if self._signals(quotas[i])), default=-1)
+        last_read = max((i for i in open_ if self._signals(shares[i].parameters)), default=-1)
         last_cut = max(open_, default=-1)
         hidden = self.stream.embed(tokens) if last_read >= 0 else None
         missed = 0  # parameters that blocks so far should have lost and have not
         for layer in layers:
-            quota = quotas[layer]
+            quota = shares[layer].parameters
             if quota and self.method.carries:
                 quota += missed
             if layer > last_cut and probe is None:
@@ -229,26 +247,69 @@ class Engine:
                 if layer in done:
                     cut, out = done[layer], self._pass_on(layer, module, hidden)
                 else:
-                    cut, out = self._cut_block(layer, module, hidden, quota)
+                    share = replace(shares[layer], parameters=quota)
+                    cut, out = self._cut_block(layer, module, hidden, share)
                 plan.blocks.append(cut)
-                if quotas[layer]:
+                if shares[layer].parameters:
                     missed = quota - block_removed(plan.anatomy, cut)
                 state = _state(module)
                 if sink is not None and layer not in done:
                     sink(cut, state)
                 again = hidden is not None and not self.method.identical_inputs
                 if probed is not None or again:
-                    _load_masked(self.stream, module, state, cut, self.dtype)
-                    if probed is not None:
-                        probed = self.stream.forward_block(layer, module, probed)
-                    if again:
-                        out = self._pass_on(layer, module, hidden)
+                    with _masked(self.stream, module, state, cut, self.dtype):
+                        if probed is not None:
+                            probed = self.stream.forward_block(layer, module, probed)
+                        if again:
+                            out = self._pass_on(layer, module, hidden)
                 hidden = out
             self.progress.step(f"block {layer}")
         self.progress.finish()
         if probe_out is not None and probed is not None:
             probe_out.append(probed)
         return plan
+
+    def _look(
+        self,
+        layer: int,
+        module: torch.nn.Module,
+        hidden: torch.Tensor | None,
+        share: Share | None = None,
+    ) -> tuple[Block, torch.Tensor | None]:
+        """A block as a method sees it, with statistics, and what it puts out.
+
+        Args:
+            share: what the block shall lose; without it, as for a survey, statistics are taken.
+        """
+        anatomy, method = self.stream.anatomy, self.method
+        signals = self._signals(1 if share is None else share.parameters)
+        readers = {signal: anatomy.by_signal[signal][0] for signal in sorted(signals)}
+        part, apart = method.held_out if readers else 0.0, None
+        if hidden is not None and part:
+            windows, length = hidden.shape[:2]
+            apart = (windows - math.ceil(part * windows)) * length
+        moments: dict[str, Moments] = {}
+        late: dict[str, Moments] = {}
+        channels: dict[str, Channels] = {}
+        if method.needs == "moments":
+            with gather(module, readers, Moments, apart) as (moments, late):
+                out = self._pass_on(layer, module, hidden)
+        else:
+            with gather(module, readers, Channels) as (channels, _):
+                out = self._pass_on(layer, module, hidden)
+        own = {name: module.get_submodule(name) for name in anatomy.denses}
+        block = Block(
+            layer,
+            anatomy,
+            {name: dense.get_parameter("weight").detach() for name, dense in own.items()},
+            moments,
+            torch.Generator().manual_seed(self.seed * 100_003 + layer),
+            late if part else {},
+            channels,
+            {n: d.get_parameter("bias").detach() for n, d in own.items() if anatomy.denses[n].bias},
+            {} if share is None else share.inputs,
+        )
+        return block, out
 
     def _signals(self, quota: int) -> set[str]:
         """Signals whose statistics the cut of a block needs."""
@@ -261,33 +322,34 @@ class Engine:
         return None if hidden is None else self.stream.forward_block(layer, module, hidden)
 
     def _cut_block(
-        self, layer: int, module: torch.nn.Module, hidden: torch.Tensor | None, quota: int
+        self,
+        layer: int,
+        module: torch.nn.Module,
+        hidden: torch.Tensor | None,
+        share: Share,
     ) -> tuple[BlockCut, torch.Tensor | None]:
         anatomy = self.stream.anatomy
-        signals = self._signals(quota)
-        readers = {signal: anatomy.by_signal[signal][0] for signal in sorted(signals)}
-        share, apart = self.method.held_out if readers else 0.0, None
-        if hidden is not None and share:
-            windows, length = hidden.shape[:2]
-            apart = (windows - math.ceil(share * windows)) * length
-        with gather_moments(module, readers, apart) as (moments, late):
-            out = self._pass_on(layer, module, hidden)
-        weights = {name: module.get_parameter(f"{name}.weight").detach() for name in anatomy.denses}
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + layer)
-        block = Block(layer, anatomy, weights, moments, generator, late if share else {})
-        try:
-            cut = self.method.cut(block, quota)
-        except ArithmeticError as error:
-            raise SourceError(
-                f"block {layer} cannot be cut: {error}; its activations on the calibration text "
-                "are not finite: check the weights, or try other text with --calibration"
-            ) from error
-        for named in (cut.inputs, cut.scales, cut.rows):
+        block, out = self._look(layer, module, hidden, share)
+        with _finite_statistics(layer):
+            cut = self.method.cut(block, share.parameters)
+        for named in (cut.inputs, cut.scales, cut.rows, cut.biases):
             named.update({name: tensor.cpu() for name, tensor in named.items()})
         cut.weights = {name: tensor.cpu() for name, tensor in cut.weights.items()}
         cut.groups = cut.groups.cpu() if cut.groups is not None else None
         check_cut(anatomy, cut)  # before anything is written by it
         return cut, out
+
+
+@contextmanager
+def _finite_statistics(layer: int) -> Iterator[None]:
+    """Say whose fault it is when numbers of a block are not finite."""
+    try:
+        yield
+    except ArithmeticError as error:
+        raise SourceError(
+            f"block {layer} cannot be cut: {error}; its activations on the calibration text "
+            "are not finite: check the weights, or try other text with --calibration"
+        ) from error
 
 
 def _held_out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -305,18 +367,30 @@ def masked_hidden(
     """
     hidden = stream.embed(tokens, dtype)
     for cut in plan.blocks:
-        with stream.block(cut.source) as module:
-            _load_masked(stream, module, _state(module), cut, dtype)
+        with (
+            stream.block(cut.source) as module,
+            _masked(stream, module, _state(module), cut, dtype),
+        ):
             hidden = stream.forward_block(cut.source, module, hidden)
     return hidden
 
 
-def _load_masked(
+@contextmanager
+def _masked(
     stream: Stream, module: torch.nn.Module, state: Tensors, cut: BlockCut, dtype: torch.dtype
-) -> None:
-    """Put ``state`` with ``cut`` as zeros and scales into the block at hand."""
+) -> Iterator[None]:
+    """The block at hand with ``cut`` as zeros, scales and biases in its original shapes."""
+    lacking = [name for name in cut.biases if f"{name}.bias" not in state]
+    for name in lacking:
+        layer = module.get_submodule(name)
+        layer.bias = torch.nn.Parameter(torch.empty(len(cut.biases[name])), requires_grad=False)
     masked = mask_block(state, cut, dtype)
     module.load_state_dict({k: v.to(stream.device) for k, v in masked.items()}, assign=True)
+    try:
+        yield
+    finally:
+        for name in lacking:  # the next block in this place has none
+            module.get_submodule(name).register_parameter("bias", None)
 
 
 def _state(module: torch.nn.Module) -> Tensors:

@@ -105,16 +105,18 @@ class Run:
         )
         self.memory = parse_limit(max_memory) if max_memory else None
         self.estimate = self._estimate()
-        progress.note(self.estimate.text())
+        for line in (*self.method.notes(anatomy), self.estimate.text()):
+            progress.note(line)
         check_memory(self.estimate, max_memory)
         self.windows = self._calibrate()
 
     def _estimate(self) -> Estimate:
         spec, config = self.recipe.calibration, self.checkpoint.config
+        anatomy = self.stream.anatomy
         passes, heads = self.engine.passes()
         return estimate(
-            self.stream.anatomy,
-            self.method.signals(self.stream.anatomy),
+            anatomy,
+            self.method.signals(anatomy) if self.method.needs == "moments" else set(),
             windows=spec.samples,
             length=spec.length,
             hidden=int(config.hidden_size),
@@ -285,7 +287,7 @@ def make_plan(
         tokens = run.windows.tokens
         choice = run.engine.choose_layers(tokens)
         cost = run.layout_cost(choice)
-        plan = run.engine.neuron_stage(choice.layers, run.engine.quotas(choice), tokens)
+        plan = run.engine.neuron_stage(choice.layers, run.engine.shares(choice, tokens), tokens)
     return PlanResult(**run.result_fields(plan, choice, cost, memory.peak))
 
 

@@ -19,6 +19,7 @@ from secateur.checkpoint.writer import (
 from secateur.errors import OutputError, SecateurError, SourceError
 from secateur.forms import Target
 from secateur.layers import LayerChoice, Round
+from secateur.methods import Share, Shares
 from secateur.outputs import gguf, hf, llama_cpp
 from secateur.outputs.card import model_card
 from secateur.outputs.hf import PLAN_TENSORS, RECORD
@@ -147,7 +148,7 @@ def _export(
 def _write(run: Run, journal: Journal) -> tuple[Plan, LayerChoice, dict[str, float] | None]:
     """All files of the model in the journal's work folder."""
     choice, cost = _layer_choice(run, journal)
-    quotas = run.engine.quotas(choice)
+    shares = _shares(run, journal, choice)
     blocks = len(choice.layers)
     plan = Plan(run.stream.anatomy, [])
     done = _finished_blocks(journal, plan, choice.layers)
@@ -168,7 +169,7 @@ def _write(run: Run, journal: Journal) -> tuple[Plan, LayerChoice, dict[str, flo
 
     if journal.find("files") is None:
         plan = run.engine.neuron_stage(
-            choice.layers, quotas, run.windows.tokens, sink=sink, done=done
+            choice.layers, shares, run.windows.tokens, sink=sink, done=done
         )
         _write_rest(run, journal, plan, choice, cost)
         _check_unchanged(run, journal)
@@ -202,6 +203,17 @@ def _layer_choice(run: Run, journal: Journal) -> tuple[LayerChoice, dict[str, fl
     importances = {i: value for i, value in ranked if value is not None}
     choice = LayerChoice(found["layers"], importances, found["removed"], found["loss"])
     return choice, found["layout_cost"]
+
+
+def _shares(run: Run, journal: Journal, choice: LayerChoice) -> Shares:
+    """What each block shall lose; from the journal where finding out took a look at all blocks."""
+    found = journal.find("shares")
+    if found is None:
+        shares = run.engine.shares(choice, run.windows.tokens)
+        if run.method.looks_ahead:
+            journal.add("shares", [[i, s.parameters, s.inputs] for i, s in shares.items()])
+        return shares
+    return {layer: Share(parameters, inputs) for layer, parameters, inputs in found}
 
 
 def _check_unchanged(run: Run, journal: Journal) -> None:
