@@ -35,6 +35,9 @@ def model_card(plan: Plan, record: dict[str, Any], *, source: str, stock: bool) 
         if stock
         else "Its blocks have different sizes, so the folder carries `modeling_secateur.py`, which "
         "is what `trust_remote_code=True` allows to run."
+        if plan.uniform is None or not any(map(plan.new_biases, plan.blocks))
+        else "Its layers have biases that the stock class has not, so the folder carries "
+        "`modeling_secateur.py`, which is what `trust_remote_code=True` allows to run."
     )
     cost = record["form"].get("held_out_loss", {})
     if len(cost) == 2:
