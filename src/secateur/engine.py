@@ -20,6 +20,7 @@ from secateur.layers import LayerChoice, Round, by_influence, by_loss, search_wo
 from secateur.methods import Block, Method, Share, Shares
 from secateur.plans import BlockCut, Plan, Tensors, block_removed, check_cut, mask_block
 from secateur.progress import Progress
+from secateur.resampling import Resampler
 from secateur.statistics import Channels, Moments, gather
 from secateur.streaming import Stream
 
@@ -55,6 +56,7 @@ class Engine:
         self.dtype = dtype
         self.progress = progress
         self.trials: list[dict[str, float]] = []
+        self._resampler = Resampler(stream, rate=method.resampled, seed=seed, progress=progress)
 
     # ---- whole blocks ------------------------------------------------------------------------
 
@@ -123,6 +125,7 @@ class Engine:
             ]
             return choice
         if len(counts) > 1:
+            self._statistics_windows(tokens)  # copies of all windows at once, trials see fewer
             count, loss = self._best_count(tokens, counts)
         else:
             count, loss = counts[0], None
@@ -231,7 +234,8 @@ class Engine:
         # Behind these, nothing needs what blocks put out, or nothing needs the blocks at all.
         last_read = max((i for i in open_ if self._signals(shares[i].parameters)), default=-1)
         last_cut = max(open_, default=-1)
-        hidden = self.stream.embed(tokens) if last_read >= 0 else None
+        windows, late = self._statistics_windows(tokens) if last_read >= 0 else (None, 0)
+        hidden = self.stream.embed(windows) if windows is not None else None
         missed = 0  # parameters that blocks so far should have lost and have not
         for layer in layers:
             quota = shares[layer].parameters
@@ -248,7 +252,7 @@ class Engine:
                     cut, out = done[layer], self._pass_on(layer, module, hidden)
                 else:
                     share = replace(shares[layer], parameters=quota)
-                    cut, out = self._cut_block(layer, module, hidden, share)
+                    cut, out = self._cut_block(layer, module, hidden, share, late)
                 plan.blocks.append(cut)
                 if shares[layer].parameters:
                     missed = quota - block_removed(plan.anatomy, cut)
@@ -269,30 +273,45 @@ class Engine:
             probe_out.append(probed)
         return plan
 
+    def _statistics_windows(self, tokens: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """What statistics are taken from, and how many of the last windows are also kept apart.
+
+        Copies are made of the others alone: what a fit is judged by must not have shaped it.
+        """
+        late = math.ceil(self.method.held_out * len(tokens))
+        times = self.method.copies(*tokens.shape)
+        if not times:
+            return tokens, late
+        fitted = tokens[: len(tokens) - late]
+        copies = self._resampler.copies(tokens, times)[:, : len(fitted)].flatten(0, 1)
+        return torch.cat([fitted, copies, tokens[len(fitted) :]]), late
+
     def _look(
         self,
         layer: int,
         module: torch.nn.Module,
         hidden: torch.Tensor | None,
         share: Share | None = None,
+        late: int = 0,
     ) -> tuple[Block, torch.Tensor | None]:
         """A block as a method sees it, with statistics, and what it puts out.
 
         Args:
             share: what the block shall lose; without it, as for a survey, statistics are taken.
+            late: windows at the end whose statistics are also kept apart.
         """
         anatomy, method = self.stream.anatomy, self.method
         signals = self._signals(1 if share is None else share.parameters)
         readers = {signal: anatomy.by_signal[signal][0] for signal in sorted(signals)}
-        part, apart = method.held_out if readers else 0.0, None
-        if hidden is not None and part:
+        apart = None
+        if hidden is not None and late and readers:
             windows, length = hidden.shape[:2]
-            apart = (windows - math.ceil(part * windows)) * length
+            apart = (windows - late) * length
         moments: dict[str, Moments] = {}
-        late: dict[str, Moments] = {}
+        held_out: dict[str, Moments] = {}
         channels: dict[str, Channels] = {}
         if method.needs == "moments":
-            with gather(module, readers, Moments, apart) as (moments, late):
+            with gather(module, readers, Moments, apart) as (moments, held_out):
                 out = self._pass_on(layer, module, hidden)
         else:
             with gather(module, readers, Channels) as (channels, _):
@@ -304,7 +323,7 @@ class Engine:
             {name: dense.get_parameter("weight").detach() for name, dense in own.items()},
             moments,
             torch.Generator().manual_seed(self.seed * 100_003 + layer),
-            late if part else {},
+            held_out if apart is not None else {},
             channels,
             {n: d.get_parameter("bias").detach() for n, d in own.items() if anatomy.denses[n].bias},
             {} if share is None else share.inputs,
@@ -327,9 +346,10 @@ class Engine:
         module: torch.nn.Module,
         hidden: torch.Tensor | None,
         share: Share,
+        late: int,
     ) -> tuple[BlockCut, torch.Tensor | None]:
         anatomy = self.stream.anatomy
-        block, out = self._look(layer, module, hidden, share)
+        block, out = self._look(layer, module, hidden, share, late)
         with _finite_statistics(layer):
             cut = self.method.cut(block, share.parameters)
         for named in (cut.inputs, cut.scales, cut.rows, cut.biases):

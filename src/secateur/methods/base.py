@@ -81,6 +81,8 @@ class Method(ABC):
     Options: ClassVar[type[BaseModel]]
     #: Share of the windows whose statistics a method also wants apart, to judge fits by.
     held_out: ClassVar[float] = 0.0
+    #: Share of the tokens that copies of the calibration windows draw anew (:meth:`copies`).
+    resampled: ClassVar[float] = 0.0
     #: What whole blocks are ranked by: what goes in and comes out of each
     #: (:meth:`layer_importance`), or the loss of the model without it. None: all blocks stay.
     ranking: ClassVar[Literal["influence", "loss"] | None] = "influence"
@@ -131,6 +133,10 @@ class Method(ABC):
         """
         cosine = torch.nn.functional.cosine_similarity(inputs, outputs, dim=-1)
         return 1 - float(cosine.double().mean())
+
+    def copies(self, windows: int, length: int) -> int:
+        """Resampled copies of the calibration windows that statistics are taken from as well."""
+        return 0
 
     def signals(self, anatomy: Anatomy) -> set[str]:
         """Signals of which statistics are needed; none need no run of the model."""

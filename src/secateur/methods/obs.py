@@ -7,7 +7,7 @@ of the fit ask for. ``docs/obs.md`` has the equations, the choices and what each
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -18,6 +18,10 @@ from secateur.methods.base import Block, register
 from secateur.methods.structured import Structured, StructuredOptions, short
 from secateur.plans import BlockCut
 from secateur.solvers.brain_surgeon import GreedyOrder, best_pull, output_error, refit
+
+#: Calibration tokens beyond which copies are not worth their time, and most copies that auto makes.
+ENOUGH_TOKENS = 12_000
+MOST_COPIES = 8
 
 
 class ObsOptions(StructuredOptions):
@@ -35,6 +39,11 @@ class ObsOptions(StructuredOptions):
         description="pull of fitted weights to the original, of mean diag H; auto: the best on "
         "windows kept out of the fit",
     )
+    copies: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="copies of the calibration windows with tokens that the model drew anew, to "
+        "fit to as well; auto: as many as make 12,000 tokens of it",
+    )
     steps: int = Field(256, ge=8, description="steps of the greedy removal in each layer")
 
 
@@ -49,6 +58,8 @@ class Obs(Structured):
 
     #: Share of the windows whose statistics are also kept apart, to judge fits by.
     held_out = 0.3
+    #: Share of the tokens that each copy of the calibration windows draws anew.
+    resampled = 0.3
 
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
@@ -57,6 +68,13 @@ class Obs(Structured):
                 "method obs removes whole units, not inputs of single layers: use --structure "
                 "coupled, or --method comp"
             )
+
+    def copies(self, windows: int, length: int) -> int:
+        if not self.options.refit:
+            return 0
+        if self.options.copies == "auto":
+            return min(MOST_COPIES, max(0, ENOUGH_TOKENS // (windows * length) - 1))
+        return int(self.options.copies)
 
     def removal(self, block: Block, name: str, unit: int) -> RefitRemoval:
         return RefitRemoval(block, name, unit, self.options)
