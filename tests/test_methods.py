@@ -48,7 +48,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "flap alone": ("flap", {"bias": False, "metric": "IFV", "square_heads": False}),
 }
 #: Those that go different ways through the journal.
-TO_KILL = ["shortgpt", "sleb", "random global", "wanda-sp", "flap"]
+TO_KILL = ["sleb", "wanda-sp", "flap"]
 
 
 def recipe(case: str, **fields: Any) -> Recipe:
