@@ -1,4 +1,4 @@
-"""Perplexity of COMP's variants on one model, in one run, on the same tokens.
+"""Perplexity of methods and their variants on one model, in one run, on the same tokens.
 
     python bench/ablation.py SOURCE --data-dir DIR --out results.jsonl [--cells cells.yaml]
 
@@ -96,7 +96,11 @@ def main() -> None:
         choice = engine.choose_layers(windows.tokens)
         hidden: list[torch.Tensor] = []
         plan = engine.neuron_stage(
-            choice.layers, engine.quotas(choice), windows.tokens, probe=probe, probe_out=hidden
+            choice.layers,
+            engine.shares(choice, windows.tokens),
+            windows.tokens,
+            probe=probe,
+            probe_out=hidden,
         )
         losses = stream.losses(hidden[0], probe)
         row: dict[str, Any] = {"cell": cell, "removed": choice.removed, "trials": engine.trials}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from secateur import statistics
 from secateur.anatomy import describe
 from secateur.solvers.gram import cholesky
-from secateur.statistics import TOKENS_PER_CHUNK, Moments, gather_moments
+from secateur.statistics import TOKENS_PER_CHUNK, Channels, Moments, gather, gather_moments
 
 CPU = torch.device("cpu")
 
@@ -155,3 +155,63 @@ def test_the_last_tokens_apart() -> None:
     rest = found["signal"].less(late["signal"])
     assert rest.tokens == 15
     torch.testing.assert_close(rest.total, flat[:15].sum(0), rtol=1e-5, atol=1e-5)
+
+
+# ---- channels on their own -------------------------------------------------------------------
+
+
+def check_channels(channels: Channels, x: torch.Tensor, rtol: float = 1e-6) -> None:
+    flat = x.double().numpy().reshape(-1, x.shape[-1])
+    assert channels.tokens == len(flat)
+    assert channels.mean.dtype == channels.variance.dtype == channels.norm.dtype == torch.float64
+    np.testing.assert_allclose(channels.mean, flat.mean(0), rtol=rtol, atol=1e-9)
+    np.testing.assert_allclose(channels.norm, np.linalg.norm(flat, axis=0), rtol=rtol)
+    if len(flat) > 1:
+        variance = flat.var(0, ddof=1)
+        np.testing.assert_allclose(channels.variance, variance, rtol=rtol, atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 9)), min_size=1, max_size=5),
+    st.integers(1, 12),
+    st.integers(0, 2**16),
+)
+def test_channels_of_batches(shapes: list[tuple[int, int]], width: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    batches = [torch.as_tensor(rng.normal(0.3, 2, (*s, width))).float() for s in shapes]
+    batches.append(torch.ones(1, 1, width))
+    channels = Channels.empty(width, CPU)
+    for batch in batches:
+        channels.add(batch)
+    check_channels(channels, torch.cat([b.reshape(-1, width) for b in batches]), rtol=1e-5)
+
+
+def test_a_large_channel_that_hardly_moves_keeps_its_variance() -> None:
+    """Sums of squares less the square of the sum would be all rounding here."""
+    generator = torch.Generator().manual_seed(0)
+    x = 3000 + torch.randn(3 * TOKENS_PER_CHUNK, 4, generator=generator) / 8
+    channels = Channels.empty(4, CPU)
+    channels.add(x)
+    check_channels(channels, x)
+
+
+@pytest.mark.parametrize("apart", [None, 15])
+def test_gathering_channels(apart: int | None) -> None:
+    torch.manual_seed(0)
+    block = torch.nn.Sequential(torch.nn.Linear(5, 3))
+    x = torch.randn(4, 6, 5)
+    with gather(block, {"signal": "0"}, Channels, apart) as (found, late), torch.no_grad():
+        for batch in x.split(2):
+            block(batch)
+    check_channels(found["signal"], x)
+    if apart is not None:
+        check_channels(late["signal"], x.reshape(-1, 5)[apart:])
+    largest = max(t.numel() for t in (found["signal"].mean, found["signal"].squares))
+    assert largest == 5  # nothing of q x q
+
+
+def test_channels_of_one_token_have_no_variance() -> None:
+    channels = Channels.empty(2, CPU)
+    channels.add(torch.tensor([[1.0, 2.0]]))
+    assert channels.variance.tolist() == [0.0, 0.0]

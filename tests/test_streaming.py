@@ -11,11 +11,12 @@ import tiny
 import torch
 from torch import nn
 
-from secateur import boundaries, engine, streaming
+from secateur import boundaries, layers, streaming
 from secateur.boundaries import Boundaries
 from secateur.checkpoint import open_checkpoint
-from secateur.engine import Engine, LayerChoice
+from secateur.engine import Engine
 from secateur.evaluation import load_whole
+from secateur.layers import LayerChoice
 from secateur.methods import get_method
 from secateur.pipeline import make_plan
 from secateur.progress import Progress
@@ -361,7 +362,7 @@ def test_boundaries_on_disk_give_the_same(
         used.append(Boundaries(limit=0))
         return used[-1]
 
-    monkeypatch.setattr(engine, "Boundaries", spilling)
+    monkeypatch.setattr(layers, "Boundaries", spilling)
     assert first_choices(stream, tokens, 4) == held
     assert len(used) == 1
     assert not used[0]._held

@@ -9,35 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 
-from secateur.boundaries import Boundaries
 from secateur.errors import RecipeError, SourceError
-from secateur.methods import Block, Method, Quotas
+from secateur.layers import LayerChoice, Round, by_influence, by_loss, search_work
+from secateur.methods import Block, Method, Share, Shares
 from secateur.plans import BlockCut, Plan, Tensors, block_removed, check_cut, mask_block
 from secateur.progress import Progress
-from secateur.solvers.budget import in_units
-from secateur.statistics import gather_moments
+from secateur.statistics import Channels, Moments, gather
 from secateur.streaming import Stream
 
 #: Takes a finished block: its cut, and its original tensors in float32 on the CPU.
 Sink = Callable[[BlockCut, Tensors], None]
-
-
-@dataclass(frozen=True)
-class LayerChoice:
-    """Blocks that stay, the importance of each on the shortened model, blocks in order of removal.
-
-    ``held_out_loss`` is the mean loss per token on windows kept out of the statistics, where the
-    number of removed blocks was chosen by it.
-    """
-
-    layers: list[int]
-    importances: dict[int, float]
-    removed: list[int]
-    held_out_loss: float | None = None
 
 
 class Engine:
@@ -72,44 +59,48 @@ class Engine:
     # ---- whole blocks ------------------------------------------------------------------------
 
     def layer_stage(self, tokens: torch.Tensor) -> Iterator[LayerChoice]:
-        """With 0, 1, 2, ... blocks removed, each time the least important of what is left.
+        """See :func:`secateur.layers.by_influence`."""
+        return by_influence(self.stream, self.method, tokens, self.progress)
 
-        After a removal only what lies behind it is run again, since nothing before it changed.
+    def layer_counts(self) -> Sequence[int]:
+        """Numbers of whole blocks that may be removed, by the method and this model's depth.
+
+        Raises:
+            RecipeError: none can be had.
         """
         anatomy = self.stream.anatomy
-        layers = list(range(anatomy.layers))
-        removed: list[int] = []
-        importances: dict[int, float] = {}
-        inputs = Boundaries()
-        try:
-            hidden = self.stream.embed(tokens)
-            start = 0
-            while True:
-                self.progress.stage(f"layer stage, {len(removed)} removed", len(layers) - start)
-                for layer in layers[start:]:
-                    inputs[layer] = hidden
-                    with self.stream.block(layer) as module:
-                        out = self.stream.forward_block(layer, module, hidden)
-                    importances[layer] = self.method.layer_importance(hidden, out)
-                    if not math.isfinite(importances[layer]):
-                        raise SourceError(
-                            f"block {layer} puts out NaN or infinite values on the calibration "
-                            "text: check the weights, or try other text with --calibration"
-                        )
-                    hidden = out
-                    self.progress.step(f"block {layer} importance {importances[layer]:.4f}")
-                self.progress.finish()
-                yield LayerChoice(list(layers), dict(importances), list(removed))
-                worst = min(layers, key=lambda layer: importances[layer])
-                start = layers.index(worst)
-                layers.remove(worst)
-                del importances[worst]
-                removed.append(worst)
-                hidden = inputs[worst]
-        finally:
-            inputs.close()
+        counts = self.method.layer_counts(self.to_remove / anatomy.block_parameters)
+        depth = range(anatomy.layers)
+        most = sum(bool(self.method.candidates(depth[gone:])) for gone in range(anatomy.layers - 1))
+        if min(counts) > most:
+            raise RecipeError(
+                f"{min(counts)} of {anatomy.layers} blocks would go, but method {self.method.name} "
+                f"can remove at most {most} here: ask for less"
+            )
+        return counts
 
-    def choose_layers(self, tokens: torch.Tensor) -> LayerChoice:
+    def passes(self) -> tuple[float, int]:
+        """Passes over all blocks that the run takes, about, and passes through the head for losses.
+
+        Raises:
+            RecipeError: see :meth:`layer_counts`.
+        """
+        counts = self.layer_counts()
+        if self.method.ranking == "loss":
+            runs, heads = search_work(self.method, self.stream.anatomy.layers, counts[0])
+            return runs / self.stream.anatomy.layers, heads
+        if self.method.ranking is None:
+            reads = bool(self.method.signals(self.stream.anatomy))
+            return reads * (1 + self.method.looks_ahead), 0
+        return (2 if len(counts) == 1 else 2 + 2 * min(3, len(counts))), 0
+
+    def choose_layers(
+        self,
+        tokens: torch.Tensor,
+        *,
+        known: Sequence[Round] = (),
+        note: Callable[[Round], None] = lambda _: None,
+    ) -> LayerChoice:
         """The blocks that stay, by the method's wish or by the loss on held-out windows.
 
         For the choice, the last three tenths of the windows are kept out of the statistics, every
@@ -117,9 +108,23 @@ class Engine:
         are tried upwards until one is no better than the one before. A few hundred tokens are a
         noisy judge, so removing another block must win by more than the standard error of the
         paired difference per token.
+
+        Args:
+            known, note: removals by the loss, of an earlier run and of this one; see
+                :func:`secateur.layers.by_loss`.
         """
-        most = self.to_remove // self.stream.anatomy.block_parameters
-        counts = self.method.layer_counts(most)
+        counts = self.layer_counts()
+        if self.method.ranking is None:
+            return LayerChoice(list(range(self.stream.anatomy.layers)), {}, [])
+        if self.method.ranking == "loss":
+            choice, rounds = by_loss(
+                self.stream, self.method, tokens, counts[0], self.progress, known=known, note=note
+            )
+            self.trials = [
+                {"layers": number, "loss": round(each.loss, 6), "block_runs": each.runs}
+                for number, each in enumerate(rounds, 1)
+            ]
+            return choice
         if len(counts) > 1:
             count, loss = self._best_count(tokens, counts)
         else:
@@ -136,11 +141,11 @@ class Engine:
         for choice in self.layer_stage(statistics):
             count = len(choice.removed)
             try:
-                quotas = self.quotas(choice)
+                shares = self.shares(choice, statistics)
             except RecipeError as error:
                 refused = refused or error  # the first says most: it had all blocks to take from
             else:
-                losses = self._trial_losses(choice, quotas, statistics, probe)
+                losses = self._trial_losses(choice, shares, statistics, probe)
                 loss = float(losses.mean())
                 self.trials.append({"layers": count, "held_out_loss": round(loss, 6)})
                 self.progress.note(f"{count} blocks removed: held-out loss {loss:.4f}")
@@ -159,35 +164,51 @@ class Engine:
     def held_out_loss(self, choice: LayerChoice, tokens: torch.Tensor) -> float:
         """Mean loss on windows kept out of the statistics, with these blocks left."""
         statistics, probe = _held_out(tokens)
-        losses = self._trial_losses(choice, self.quotas(choice), statistics, probe)
+        losses = self._trial_losses(choice, self.shares(choice, statistics), statistics, probe)
         return float(losses.mean())
 
     def _trial_losses(
-        self, choice: LayerChoice, quotas: Quotas, statistics: torch.Tensor, probe: torch.Tensor
+        self, choice: LayerChoice, shares: Shares, statistics: torch.Tensor, probe: torch.Tensor
     ) -> torch.Tensor:
         hidden: list[torch.Tensor] = []
-        self.neuron_stage(choice.layers, quotas, statistics, probe=probe, probe_out=hidden)
+        self.neuron_stage(choice.layers, shares, statistics, probe=probe, probe_out=hidden)
         return self.stream.losses(hidden[0], probe)
 
-    def quotas(self, choice: LayerChoice) -> Quotas:
-        """Parameters that each remaining block shall lose.
+    def shares(self, choice: LayerChoice, tokens: torch.Tensor) -> Shares:
+        """What each remaining block shall lose.
+
+        Args:
+            tokens: (windows, length), for the statistics of a method that looks ahead.
 
         Raises:
             RecipeError: they cannot lose that much.
         """
-        anatomy = self.stream.anatomy
-        rest = self.to_remove - len(choice.removed) * anatomy.block_parameters
-        exact = self.method.quotas(anatomy, choice.importances, max(0, rest))
-        if self.method.carries:  # which keeps the total; equal parts in units may all be off
-            return exact
-        return in_units(exact, self.method.unit(anatomy))
+        anatomy, method = self.stream.anatomy, self.method
+        rest = max(0, self.to_remove - len(choice.removed) * anatomy.block_parameters)
+        surveys = self._survey(choice.layers, tokens) if method.looks_ahead else {}
+        return method.allocate(anatomy, choice.layers, choice.importances, surveys, rest)
+
+    def _survey(self, layers: list[int], tokens: torch.Tensor) -> dict[int, Any]:
+        """One look at every block, uncut, with statistics; only the method's answers are kept."""
+        found: dict[int, Any] = {}
+        self.progress.stage("survey", len(layers))
+        reads = bool(self.method.signals(self.stream.anatomy))
+        hidden = self.stream.embed(tokens) if reads else None
+        for layer in layers:
+            with self.stream.block(layer) as module:
+                block, hidden = self._look(layer, module, hidden)
+                with _finite_statistics(layer):
+                    found[layer] = self.method.survey(block)
+            self.progress.step(f"block {layer}")
+        self.progress.finish()
+        return found
 
     # ---- inside the blocks -------------------------------------------------------------------
 
     def neuron_stage(
         self,
         layers: list[int],
-        quotas: Quotas,
+        shares: Shares,
         tokens: torch.Tensor,
         *,
         sink: Sink | None = None,
@@ -195,7 +216,7 @@ class Engine:
         probe: torch.Tensor | None = None,
         probe_out: list[torch.Tensor] | None = None,
     ) -> Plan:
-        """Cut every block in ``layers`` by its quota.
+        """Cut every block in ``layers`` by its share.
 
         Args:
             tokens: (windows, length), for the statistics.
@@ -208,36 +229,42 @@ class Engine:
         plan = Plan(self.stream.anatomy, [])
         name = "cutting blocks" if probe is None else "trial cut"
         self.progress.stage(name, len(layers))
-        hidden = self.stream.embed(tokens)
         probed = self.stream.embed(probe) if probe is not None else None
-        last_cut = max((i for i in layers if i not in done), default=-1)
+        open_ = [layer for layer in layers if layer not in done]
+        # Behind these, nothing needs what blocks put out, or nothing needs the blocks at all.
+        last_read = max((i for i in open_ if self._signals(shares[i].parameters)), default=-1)
+        last_cut = max(open_, default=-1)
+        hidden = self.stream.embed(tokens) if last_read >= 0 else None
         missed = 0  # parameters that blocks so far should have lost and have not
         for layer in layers:
-            quota = quotas[layer]
+            quota = shares[layer].parameters
             if quota and self.method.carries:
                 quota += missed
             if layer > last_cut and probe is None:
-                plan.blocks.append(done[layer])  # nothing behind it needs its output
+                plan.blocks.append(done[layer])
                 self.progress.step()
                 continue
             with self.stream.block(layer) as module:
-                identical = self.method.identical_inputs
+                if layer > last_read:
+                    hidden = None
                 if layer in done:
-                    cut, out = done[layer], self.stream.forward_block(layer, module, hidden)
+                    cut, out = done[layer], self._pass_on(layer, module, hidden)
                 else:
-                    cut, out = self._cut_block(layer, module, hidden, quota)
+                    share = replace(shares[layer], parameters=quota)
+                    cut, out = self._cut_block(layer, module, hidden, share)
                 plan.blocks.append(cut)
-                if quotas[layer]:
+                if shares[layer].parameters:
                     missed = quota - block_removed(plan.anatomy, cut)
                 state = _state(module)
                 if sink is not None and layer not in done:
                     sink(cut, state)
-                if probed is not None or not identical:
-                    _load_masked(self.stream, module, state, cut, self.dtype)
-                    if probed is not None:
-                        probed = self.stream.forward_block(layer, module, probed)
-                    if not identical:
-                        out = self.stream.forward_block(layer, module, hidden)
+                again = hidden is not None and not self.method.identical_inputs
+                if probed is not None or again:
+                    with _masked(self.stream, module, state, cut, self.dtype):
+                        if probed is not None:
+                            probed = self.stream.forward_block(layer, module, probed)
+                        if again:
+                            out = self._pass_on(layer, module, hidden)
                 hidden = out
             self.progress.step(f"block {layer}")
         self.progress.finish()
@@ -245,33 +272,87 @@ class Engine:
             probe_out.append(probed)
         return plan
 
-    def _cut_block(
-        self, layer: int, module: torch.nn.Module, hidden: torch.Tensor, quota: int
-    ) -> tuple[BlockCut, torch.Tensor]:
-        anatomy = self.stream.anatomy
-        signals = self.method.signals(anatomy) if quota > 0 else set()
+    def _look(
+        self,
+        layer: int,
+        module: torch.nn.Module,
+        hidden: torch.Tensor | None,
+        share: Share | None = None,
+    ) -> tuple[Block, torch.Tensor | None]:
+        """A block as a method sees it, with statistics, and what it puts out.
+
+        Args:
+            share: what the block shall lose; without it, as for a survey, statistics are taken.
+        """
+        anatomy, method = self.stream.anatomy, self.method
+        signals = self._signals(1 if share is None else share.parameters)
         readers = {signal: anatomy.by_signal[signal][0] for signal in sorted(signals)}
-        share = self.method.held_out if readers else 0.0
-        windows, length = hidden.shape[:2]
-        apart = (windows - math.ceil(share * windows)) * length if share else None
-        with gather_moments(module, readers, apart) as (moments, late):
-            out = self.stream.forward_block(layer, module, hidden)
-        weights = {name: module.get_parameter(f"{name}.weight").detach() for name in anatomy.denses}
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + layer)
-        block = Block(layer, anatomy, weights, moments, generator, late if share else {})
-        try:
-            cut = self.method.cut(block, quota)
-        except ArithmeticError as error:
-            raise SourceError(
-                f"block {layer} cannot be cut: {error}; its activations on the calibration text "
-                "are not finite: check the weights, or try other text with --calibration"
-            ) from error
-        for named in (cut.inputs, cut.scales, cut.rows):
+        part, apart = method.held_out if readers else 0.0, None
+        if hidden is not None and part:
+            windows, length = hidden.shape[:2]
+            apart = (windows - math.ceil(part * windows)) * length
+        moments: dict[str, Moments] = {}
+        late: dict[str, Moments] = {}
+        channels: dict[str, Channels] = {}
+        if method.needs == "moments":
+            with gather(module, readers, Moments, apart) as (moments, late):
+                out = self._pass_on(layer, module, hidden)
+        else:
+            with gather(module, readers, Channels) as (channels, _):
+                out = self._pass_on(layer, module, hidden)
+        own = {name: module.get_submodule(name) for name in anatomy.denses}
+        block = Block(
+            layer,
+            anatomy,
+            {name: dense.get_parameter("weight").detach() for name, dense in own.items()},
+            moments,
+            torch.Generator().manual_seed(self.seed * 100_003 + layer),
+            late if part else {},
+            channels,
+            {n: d.get_parameter("bias").detach() for n, d in own.items() if anatomy.denses[n].bias},
+            {} if share is None else share.inputs,
+        )
+        return block, out
+
+    def _signals(self, quota: int) -> set[str]:
+        """Signals whose statistics the cut of a block needs."""
+        return self.method.signals(self.stream.anatomy) if quota > 0 else set()
+
+    def _pass_on(
+        self, layer: int, module: torch.nn.Module, hidden: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """What a block puts out, where anything behind it needs that."""
+        return None if hidden is None else self.stream.forward_block(layer, module, hidden)
+
+    def _cut_block(
+        self,
+        layer: int,
+        module: torch.nn.Module,
+        hidden: torch.Tensor | None,
+        share: Share,
+    ) -> tuple[BlockCut, torch.Tensor | None]:
+        anatomy = self.stream.anatomy
+        block, out = self._look(layer, module, hidden, share)
+        with _finite_statistics(layer):
+            cut = self.method.cut(block, share.parameters)
+        for named in (cut.inputs, cut.scales, cut.rows, cut.biases):
             named.update({name: tensor.cpu() for name, tensor in named.items()})
         cut.weights = {name: tensor.cpu() for name, tensor in cut.weights.items()}
         cut.groups = cut.groups.cpu() if cut.groups is not None else None
         check_cut(anatomy, cut)  # before anything is written by it
         return cut, out
+
+
+@contextmanager
+def _finite_statistics(layer: int) -> Iterator[None]:
+    """Say whose fault it is when numbers of a block are not finite."""
+    try:
+        yield
+    except ArithmeticError as error:
+        raise SourceError(
+            f"block {layer} cannot be cut: {error}; its activations on the calibration text "
+            "are not finite: check the weights, or try other text with --calibration"
+        ) from error
 
 
 def _held_out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -289,18 +370,30 @@ def masked_hidden(
     """
     hidden = stream.embed(tokens, dtype)
     for cut in plan.blocks:
-        with stream.block(cut.source) as module:
-            _load_masked(stream, module, _state(module), cut, dtype)
+        with (
+            stream.block(cut.source) as module,
+            _masked(stream, module, _state(module), cut, dtype),
+        ):
             hidden = stream.forward_block(cut.source, module, hidden)
     return hidden
 
 
-def _load_masked(
+@contextmanager
+def _masked(
     stream: Stream, module: torch.nn.Module, state: Tensors, cut: BlockCut, dtype: torch.dtype
-) -> None:
-    """Put ``state`` with ``cut`` as zeros and scales into the block at hand."""
+) -> Iterator[None]:
+    """The block at hand with ``cut`` as zeros, scales and biases in its original shapes."""
+    lacking = [name for name in cut.biases if f"{name}.bias" not in state]
+    for name in lacking:
+        layer = module.get_submodule(name)
+        layer.bias = torch.nn.Parameter(torch.empty(len(cut.biases[name])), requires_grad=False)
     masked = mask_block(state, cut, dtype)
     module.load_state_dict({k: v.to(stream.device) for k, v in masked.items()}, assign=True)
+    try:
+        yield
+    finally:
+        for name in lacking:  # the next block in this place has none
+            module.get_submodule(name).register_parameter("bias", None)
 
 
 def _state(module: torch.nn.Module) -> Tensors:

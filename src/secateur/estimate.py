@@ -47,7 +47,8 @@ def estimate(
     length: int,
     hidden: int,
     vocabulary: int,
-    passes: int,
+    passes: float,
+    heads: int = 0,
     overhead: int = 0,
 ) -> Estimate:
     """Estimate one run from counts of bytes and operations and a short measurement.
@@ -56,6 +57,7 @@ def estimate(
         signals: signals whose second moments are gathered.
         windows, length: of the calibration.
         passes: forward passes over all blocks, the layer stage and trials included.
+        heads: passes through the head besides, for losses.
         overhead: bytes that the open checkpoint takes.
     """
     tokens = windows * length
@@ -76,7 +78,7 @@ def estimate(
         "activations": 4 * batch * (3 * ffn + 6 * hidden) + 4 * tokens * hidden * 3,
         "block boundaries": 4 * tokens * hidden * (anatomy.layers + 1),
     }
-    forward = 2 * anatomy.decoder_parameters * tokens * passes
+    forward = 2 * tokens * (anatomy.decoder_parameters * passes + vocabulary * hidden * heads)
     solve = anatomy.layers * sum(5 * w**3 for w in widths.values()) * max(1, passes - 1)
     read = 4 * anatomy.parameters * passes / 1e9
     return Estimate(parts, (forward + solve) / _matrix_rate() + read + 10)

@@ -46,6 +46,7 @@ class Form:
         multiple: kept FFN neurons are a multiple of this.
         reason: why that multiple, for the user.
         groups: numbers of KV groups that a block may keep, rising; None: any.
+        no_biases: why the output cannot hold a bias where the model has none; empty: it can.
     """
 
     structure: Literal["coupled", "inputs"] = "coupled"
@@ -53,6 +54,7 @@ class Form:
     multiple: int = 1
     reason: str = ""
     groups: tuple[int, ...] | None = None
+    no_biases: str = ""
 
     @property
     def uniform(self) -> bool:
@@ -112,7 +114,19 @@ def resolve(
         )
     multiple, reason = _multiple(recipe, anatomy, target, structure, layout)
     groups = stock_groups if layout == "uniform" else None
-    return Form(structure, layout, multiple, reason, groups)
+    no_biases = _no_biases(anatomy.model_type, target, layout)
+    return Form(structure, layout, multiple, reason, groups, no_biases)
+
+
+def _no_biases(model_type: str, target: Target, layout: str) -> str:
+    if target.kind == "gguf":
+        from secateur.outputs.gguf_arch import without_new_biases
+
+        arch = without_new_biases(model_type, per_layer=layout == "per-layer")
+        return f"llama.cpp's architecture {arch} has no place for it, a folder has" if arch else ""
+    if layout == "uniform":
+        return f"the stock class of {model_type} has none there; --layout per-layer has"
+    return ""
 
 
 def _multiple(

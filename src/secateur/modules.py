@@ -64,15 +64,24 @@ def _places(count: int) -> torch.Tensor:
     return torch.zeros(count, dtype=torch.int64)
 
 
-def resize_blocks(model: nn.Module, blocks_path: str, shapes: list[dict[str, list[int]]]) -> None:
-    """Give every block of ``model`` the sizes in ``shapes``.
+def resize_blocks(
+    model: nn.Module,
+    blocks_path: str,
+    shapes: list[dict[str, list[int]]],
+    biases: list[list[str]] | None = None,
+) -> None:
+    """Give every block of ``model`` the sizes in ``shapes``, and the biases that it lacks.
 
-    ``shapes`` has one dictionary a block: layer name to [kept_in, full_in, kept_out, full_out].
+    ``shapes`` has one dictionary a block: layer name to [kept_in, full_in, kept_out, full_out];
+    ``biases`` one list a block: names of layers.
     """
     blocks = list(model.get_submodule(blocks_path).children())
     if len(blocks) != len(shapes):
         raise ValueError(f"config lists {len(shapes)} blocks, the model has {len(blocks)}")
-    for block, sizes in zip(blocks, shapes, strict=True):
+    for block, sizes, lacking in zip(blocks, shapes, biases or [[]] * len(blocks), strict=True):
+        for name in lacking:
+            weight = block.get_parameter(f"{name}.weight")
+            block.get_submodule(name).bias = nn.Parameter(weight.new_empty(len(weight)))
         for name, (kept_in, full_in, kept_out, full_out) in sizes.items():
             parent, _, leaf = name.rpartition(".")
             owner = block.get_submodule(parent)
@@ -121,7 +130,8 @@ class Secateur{base_model}({base_model}):
 
     def __init__(self, config):
         super().__init__(config)
-        resize_blocks(self, config.secateur["blocks_path"], config.secateur["shapes"])
+        sizes = config.secateur
+        resize_blocks(self, sizes["blocks_path"], sizes["shapes"], sizes.get("biases"))
 """
 
 
@@ -164,7 +174,8 @@ def pruned_classes(base_config: str, base_model: str) -> tuple[Any, Any]:
 
     def __init__(self: Any, config: Any) -> None:
         model_base.__init__(self, config)
-        resize_blocks(self, config.secateur["blocks_path"], config.secateur["shapes"])
+        sizes = config.secateur
+        resize_blocks(self, sizes["blocks_path"], sizes["shapes"], sizes.get("biases"))
 
     model_class = type(
         f"Secateur{base_model}", (model_base,), {"config_class": config_class, "__init__": __init__}

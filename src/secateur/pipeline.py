@@ -13,10 +13,11 @@ import secateur
 from secateur.calibration import Windows, check_vocabulary, draw_windows, load_text
 from secateur.checkpoint import Checkpoint, open_checkpoint
 from secateur.devices import check_device
-from secateur.engine import Engine, LayerChoice
+from secateur.engine import Engine
 from secateur.errors import RecipeError, SourceError
 from secateur.estimate import Estimate, check_memory, estimate, parse_limit
 from secateur.forms import Form, Target, resolve
+from secateur.layers import LayerChoice
 from secateur.methods import Method, get_method
 from secateur.modules import MODEL_TYPE_PREFIX
 from secateur.outputs import gguf, hf
@@ -80,10 +81,11 @@ class Run:
             )
         self.stream = Stream(self.checkpoint, check_device(device))
         self.form = self._form()
-        if self.target.kind == "gguf":
-            whole = recipe.options.get("layers", "auto") == 0
-            gguf.check_model(self.stream, uniform=self.form.uniform, all_blocks=whole)
         self.method: Method = get_method(recipe.method, recipe.options, self.form)
+        if self.target.kind == "gguf":
+            whole = self.method.ranking is None or recipe.options.get("layers", "auto") == 0
+            uniform = self.form.uniform or not self.method.cuts_inside
+            gguf.check_model(self.stream, uniform=uniform, all_blocks=whole)
         self.dtype = self.checkpoint.dtype if recipe.dtype == "auto" else _dtype(recipe.dtype)
         anatomy = self.stream.anatomy
         self.method.check(anatomy)
@@ -93,23 +95,6 @@ class Run:
             decoder=anatomy.decoder_parameters,
             bytes_each=self.dtype.itemsize,
         )
-        most = self.asked // anatomy.block_parameters
-        counts = self.method.layer_counts(most)
-        spec, config = recipe.calibration, self.checkpoint.config
-        self.memory = parse_limit(max_memory) if max_memory else None
-        self.estimate = estimate(
-            anatomy,
-            self.method.signals(anatomy),
-            windows=spec.samples,
-            length=spec.length,
-            hidden=int(config.hidden_size),
-            vocabulary=int(config.vocab_size),
-            overhead=self.checkpoint.overhead,
-            passes=2 if len(counts) == 1 else 2 + 2 * min(3, len(counts)),
-        )
-        progress.note(self.estimate.text())
-        check_memory(self.estimate, max_memory)
-        self.windows = self._calibrate()
         self.engine = Engine(
             self.stream,
             self.method,
@@ -117,6 +102,28 @@ class Run:
             seed=recipe.seed,
             dtype=self.dtype,
             progress=progress,
+        )
+        self.memory = parse_limit(max_memory) if max_memory else None
+        self.estimate = self._estimate()
+        for line in (*self.method.notes(anatomy), self.estimate.text()):
+            progress.note(line)
+        check_memory(self.estimate, max_memory)
+        self.windows = self._calibrate()
+
+    def _estimate(self) -> Estimate:
+        spec, config = self.recipe.calibration, self.checkpoint.config
+        anatomy = self.stream.anatomy
+        passes, heads = self.engine.passes()
+        return estimate(
+            anatomy,
+            self.method.signals(anatomy) if self.method.needs == "moments" else set(),
+            windows=spec.samples,
+            length=spec.length,
+            hidden=int(config.hidden_size),
+            vocabulary=int(config.vocab_size),
+            overhead=self.checkpoint.overhead,
+            passes=passes,
+            heads=heads,
         )
 
     def _form(self) -> Form:
@@ -132,9 +139,10 @@ class Run:
     def layout_cost(self, choice: LayerChoice) -> dict[str, float] | None:
         """Loss on held-out windows with widths of each block's own, and with one for all.
 
-        None where the layout is not uniform: then nothing has been given up.
+        None where the layout is not uniform, or nothing goes inside blocks: then nothing has been
+        given up.
         """
-        if not self.form.uniform:
+        if not self.form.uniform or not self.method.cuts_inside:
             return None
         free = get_method(
             self.recipe.method,
@@ -279,7 +287,7 @@ def make_plan(
         tokens = run.windows.tokens
         choice = run.engine.choose_layers(tokens)
         cost = run.layout_cost(choice)
-        plan = run.engine.neuron_stage(choice.layers, run.engine.quotas(choice), tokens)
+        plan = run.engine.neuron_stage(choice.layers, run.engine.shares(choice, tokens), tokens)
     return PlanResult(**run.result_fields(plan, choice, cost, memory.peak))
 
 

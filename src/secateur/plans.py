@@ -29,6 +29,8 @@ class BlockCut:
         rows: kept rows of a linear layer, ascending, (p',) int64.
         weights: new weights of the kept inputs of a linear layer, all its rows, (p, q') float32;
             they stand in the place of the original ones and of scales.
+        biases: new biases of a linear layer, all its rows, (p,) float32; in the place of the
+            original ones, or where there was none.
         groups: kept KV groups, ascending, (g',) int64, where whole groups went; else None.
         notes: what happened, for the report: errors, thresholds, fallbacks.
     """
@@ -38,12 +40,14 @@ class BlockCut:
     scales: Tensors = field(default_factory=dict)
     rows: Tensors = field(default_factory=dict)
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    biases: Tensors = field(default_factory=dict)
     groups: torch.Tensor | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self) -> Tensors:
         """All tensors but new weights under flat names, for a file; those are in the shards."""
-        parts = {"inputs": self.inputs, "scales": self.scales, "rows": self.rows}
+        parts = {"inputs": self.inputs, "scales": self.scales, "rows": self.rows,
+                 "biases": self.biases}  # fmt: skip
         # Coupled layers share one index tensor; a file wants each name to have its own.
         flat = {f"{k}.{name}": t.clone() for k, named in parts.items() for name, t in named.items()}
         return flat if self.groups is None else {**flat, "groups.kept": self.groups.clone()}
@@ -127,6 +131,10 @@ class Plan:
             found[name] = [kept_in, full_in, kept_out, full_out]
         return found
 
+    def new_biases(self, cut: BlockCut) -> list[str]:
+        """Layers that get a bias which the model's class does not give them."""
+        return sorted(name for name in cut.biases if not self.anatomy.denses[name].bias)
+
     def widths(self, cut: BlockCut) -> Widths | None:
         """Heads and neurons of one block; None where a layer reads or writes through an index."""
         if any(i != fi or o != fo for i, fi, o, fo in self.shapes(cut).values()):
@@ -183,6 +191,7 @@ class Plan:
                     ),
                     "shapes": self.shapes(cut),
                     **({"new_weights": sorted(cut.weights)} if cut.weights else {}),
+                    **({"new_biases": sorted(cut.biases)} if cut.biases else {}),
                     **({"notes": cut.notes} if cut.notes else {}),
                 }
                 for cut in self.blocks
@@ -204,6 +213,12 @@ def check_cut(anatomy: Anatomy, cut: BlockCut) -> None:
         if tuple(weight.shape) != shape:
             raise PlanError(
                 f"{where}: new weights of {name} are {tuple(weight.shape)}, they should be {shape}"
+            )
+    for name, bias in cut.biases.items():
+        if tuple(bias.shape) != (anatomy.denses[name].rows,):
+            raise PlanError(
+                f"{where}: the new bias of {name} is {tuple(bias.shape)}, it should be "
+                f"({anatomy.denses[name].rows},)"
             )
     for name, kept in cut.rows.items():
         _check_indices(f"{where}: rows of {name}", kept, anatomy.denses[name].rows)
@@ -294,12 +309,13 @@ def live_rows(
 
 
 def block_removed(anatomy: Anatomy, cut: BlockCut) -> int:
-    """Parameters of a block that are absent from the file."""
+    """Parameters of a block that are absent from the file, less biases that were not there."""
+    added = {name for name in cut.biases if not anatomy.denses[name].bias}
     return removed_by_counts(
         anatomy,
         {name: len(kept) for name, kept in cut.inputs.items()},
         {name: len(kept) for name, kept in cut.rows.items()},
-    )
+    ) - sum(len(cut.rows.get(name, cut.biases[name])) for name in added)
 
 
 def removed_by_counts(anatomy: Anatomy, inputs: Mapping[str, int], rows: Mapping[str, int]) -> int:
@@ -323,6 +339,7 @@ def slice_block(state: Tensors, plan: Plan, cut: BlockCut, dtype: torch.dtype) -
     Returns:
         weights scaled and cut, the indices of gathers and scatters, everything else as it was.
     """
+    state = {**state, **{f"{name}.bias": bias for name, bias in cut.biases.items()}}
     out = {k: _cast(v, dtype) for k, v in state.items()}
     for name, (kept_in, full_in, kept_out, full_out) in plan.shapes(cut).items():
         weight = _scaled(state[f"{name}.weight"], cut, name)
@@ -345,6 +362,7 @@ def mask_block(state: Tensors, cut: BlockCut, dtype: torch.dtype) -> Tensors:
 
     Values pass through ``dtype`` as they would in the file and come back as float32.
     """
+    state = {**state, **{f"{name}.bias": bias for name, bias in cut.biases.items()}}
     out = {k: _cast(_cast(v, dtype), torch.float32) for k, v in state.items()}
     for name in {*cut.inputs, *cut.rows}:
         weight = _scaled(state[f"{name}.weight"], cut, name)

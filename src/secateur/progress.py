@@ -79,9 +79,9 @@ class Progress:
         self._began = time.monotonic()
         self._show("")
 
-    def step(self, detail: str = "") -> None:
-        """One step of the stage is done."""
-        self._done += 1
+    def step(self, detail: str = "", steps: int = 1) -> None:
+        """One step of the stage is done, or as many as a long one is worth."""
+        self._done += steps
         self._show(detail)
 
     def finish(self) -> None:

@@ -16,9 +16,10 @@ from secateur.checkpoint.writer import (
     write_json,
     write_tensors,
 )
-from secateur.engine import LayerChoice
 from secateur.errors import OutputError, SecateurError, SourceError
 from secateur.forms import Target
+from secateur.layers import LayerChoice, Round
+from secateur.methods import Share, Shares
 from secateur.outputs import gguf, hf, llama_cpp
 from secateur.outputs.card import model_card
 from secateur.outputs.hf import PLAN_TENSORS, RECORD
@@ -147,7 +148,7 @@ def _export(
 def _write(run: Run, journal: Journal) -> tuple[Plan, LayerChoice, dict[str, float] | None]:
     """All files of the model in the journal's work folder."""
     choice, cost = _layer_choice(run, journal)
-    quotas = run.engine.quotas(choice)
+    shares = _shares(run, journal, choice)
     blocks = len(choice.layers)
     plan = Plan(run.stream.anatomy, [])
     done = _finished_blocks(journal, plan, choice.layers)
@@ -168,7 +169,7 @@ def _write(run: Run, journal: Journal) -> tuple[Plan, LayerChoice, dict[str, flo
 
     if journal.find("files") is None:
         plan = run.engine.neuron_stage(
-            choice.layers, quotas, run.windows.tokens, sink=sink, done=done
+            choice.layers, shares, run.windows.tokens, sink=sink, done=done
         )
         _write_rest(run, journal, plan, choice, cost)
         _check_unchanged(run, journal)
@@ -182,10 +183,15 @@ def _layer_choice(run: Run, journal: Journal) -> tuple[LayerChoice, dict[str, fl
     """The blocks that stay, and what one width for all of them costs; from the journal if known."""
     found = journal.find("layers")
     if found is None:
-        choice = run.engine.choose_layers(run.windows.tokens)
+        known = [Round.of(e["value"]) for e in journal.entries if e["kind"] == "removed"]
+        choice = run.engine.choose_layers(
+            run.windows.tokens,
+            known=known,
+            note=lambda done: journal.add("removed", done.to_json()),
+        )
         found = {
             "layers": choice.layers,
-            "importances": [choice.importances[i] for i in choice.layers],
+            "importances": [choice.importances.get(i) for i in choice.layers],
             "removed": choice.removed,
             "loss": choice.held_out_loss,
             "trials": run.engine.trials,
@@ -193,9 +199,21 @@ def _layer_choice(run: Run, journal: Journal) -> tuple[LayerChoice, dict[str, fl
         }
         journal.add("layers", found)
     run.engine.trials = found["trials"]
-    importances = dict(zip(found["layers"], found["importances"], strict=True))
+    ranked = zip(found["layers"], found["importances"], strict=True)
+    importances = {i: value for i, value in ranked if value is not None}
     choice = LayerChoice(found["layers"], importances, found["removed"], found["loss"])
     return choice, found["layout_cost"]
+
+
+def _shares(run: Run, journal: Journal, choice: LayerChoice) -> Shares:
+    """What each block shall lose; from the journal where finding out took a look at all blocks."""
+    found = journal.find("shares")
+    if found is None:
+        shares = run.engine.shares(choice, run.windows.tokens)
+        if run.method.looks_ahead:
+            journal.add("shares", [[i, s.parameters, s.inputs] for i, s in shares.items()])
+        return shares
+    return {layer: Share(parameters, inputs) for layer, parameters, inputs in found}
 
 
 def _check_unchanged(run: Run, journal: Journal) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -66,30 +66,94 @@ class Moments:
         return self.total / self.tokens
 
 
+@dataclass
+class Channels:
+    """Mean, variance and norm of each input of a linear layer on its own: no q x q matrix.
+
+    Squares are summed about the mean of their own chunk, and chunks joined by the rule of Chan,
+    Golub and LeVeque (1979), so that a channel that is large and hardly moves keeps its variance.
+
+    Attributes:
+        mean: E[x], (q,), float64.
+        squares: sum over tokens of (x - E[x])^2, (q,), float64.
+        tokens: number of tokens.
+    """
+
+    mean: torch.Tensor
+    squares: torch.Tensor
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, width: int, device: torch.device) -> Channels:
+        zeros = torch.zeros(width, dtype=torch.float64, device=device)
+        return cls(zeros, zeros.clone())
+
+    def add(self, x: torch.Tensor) -> None:
+        """Take in tokens x, (..., q)."""
+        flat = x.detach().reshape(-1, x.shape[-1])
+        for chunk in flat.split(TOKENS_PER_CHUNK) if len(flat) else ():
+            mean = chunk.mean(0, dtype=torch.float64)
+            # Off the mean by its rounding, in float32, is off by a square of that.
+            squares = (chunk - mean.to(chunk.dtype)).float().square().sum(0, dtype=torch.float64)
+            both = self.plus(Channels(mean, squares, len(chunk)))
+            self.mean, self.squares, self.tokens = both.mean, both.squares, both.tokens
+
+    def plus(self, other: Channels) -> Channels:
+        """The statistics of both sets of tokens."""
+        tokens = self.tokens + other.tokens
+        if not tokens:
+            return self
+        step = other.mean - self.mean
+        mean = self.mean + step * (other.tokens / tokens)
+        between = step.square() * (self.tokens * other.tokens / tokens)
+        return Channels(mean, self.squares + other.squares + between, tokens)
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """Var[x] of the sample, sum of squares / (tokens - 1), (q,), float64."""
+        return self.squares / max(1, self.tokens - 1)
+
+    @property
+    def norm(self) -> torch.Tensor:
+        """||x_j||_2 over all tokens, (q,), float64."""
+        return (self.squares + self.tokens * self.mean.square()).sqrt()
+
+
+S = TypeVar("S", Moments, Channels)
+
+
 @contextmanager
 def gather_moments(
     block: nn.Module, layer_of_signal: Mapping[str, str], apart: int | None = None
 ) -> Iterator[tuple[dict[str, Moments], dict[str, Moments]]]:
-    """Gather the moments of each signal while ``block`` runs.
+    """:func:`gather` second moments."""
+    with gather(block, layer_of_signal, Moments, apart) as found:
+        yield found
+
+
+@contextmanager
+def gather(
+    block: nn.Module, layer_of_signal: Mapping[str, str], kind: type[S], apart: int | None = None
+) -> Iterator[tuple[dict[str, S], dict[str, S]]]:
+    """Gather statistics of each signal while ``block`` runs.
 
     Args:
         layer_of_signal: for each signal wanted, one linear layer of the block that reads it.
-        apart: number of the token from which on moments are also summed on their own.
+        kind: :class:`Moments`, or :class:`Channels`.
+        apart: number of the token from which on statistics are also taken on their own.
 
     Yields:
-        the moments of all tokens, and of those from ``apart`` on; filled while the block runs.
+        the statistics of all tokens, and of those from ``apart`` on; filled while the block runs.
     """
-    found: dict[str, Moments] = {}
-    late: dict[str, Moments] = {}
+    found: dict[str, S] = {}
+    late: dict[str, S] = {}
     seen = dict.fromkeys(layer_of_signal, 0)
-    handles = []
-    for signal, path in layer_of_signal.items():
-        layer = block.get_submodule(path)
 
-        def hook(_: nn.Module, args: tuple[Any, ...], signal: str = signal) -> None:
+    def taker(signal: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].reshape(-1, args[0].shape[-1])
-            for moments in (found, late):
-                moments.setdefault(signal, Moments.empty(x.shape[-1], x.device))
+            for part in (found, late):
+                part.setdefault(signal, kind.empty(x.shape[-1], x.device))
             early = len(x) if apart is None else min(max(apart - seen[signal], 0), len(x))
             seen[signal] += len(x)
             if early:
@@ -97,7 +161,12 @@ def gather_moments(
             if early < len(x):
                 late[signal].add(x[early:])
 
-        handles.append(layer.register_forward_pre_hook(hook))
+        return hook
+
+    handles = [
+        block.get_submodule(path).register_forward_pre_hook(taker(signal))
+        for signal, path in layer_of_signal.items()
+    ]
     try:
         yield found, late
     finally:

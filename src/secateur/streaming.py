@@ -8,7 +8,7 @@ every block separately, since a model may mix kinds of attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -221,22 +221,22 @@ class Stream:
 
     @torch.no_grad()
     def _head_pieces(
-        self, hidden: torch.Tensor, tokens: torch.Tensor, dtype: torch.dtype | None = None
+        self, hidden: torch.Tensor, tokens: torch.Tensor
     ) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Logits (tokens, vocabulary), float32, a piece of a window at a time.
 
-        Yields the window's number, the place of the piece in it, and the logits. Norm and head work
-        token by token, so a window may be cut anywhere; whole windows of logits would be large.
+        The parts outside the blocks must be in memory. Yields the window's number, the place of the
+        piece in it, and the logits. Norm and head work token by token, so a window may be cut
+        anywhere; whole windows of logits would be large.
         """
-        with self._outside(dtype):
-            for window in range(len(tokens)):
-                for start in range(0, tokens.shape[1], TOKENS_PER_HEAD_CALL):
-                    end = start + TOKENS_PER_HEAD_CALL
-                    feeder = _Feeder(hidden[window : window + 1, start:end])
-                    with self._blocks_replaced([feeder]):
-                        ids = tokens[window : window + 1, start:end].to(self.device)
-                        logits = self.model(input_ids=ids, use_cache=False).logits
-                    yield window, start, logits[0].float()
+        for window in range(len(tokens)):
+            for start in range(0, tokens.shape[1], TOKENS_PER_HEAD_CALL):
+                end = start + TOKENS_PER_HEAD_CALL
+                feeder = _Feeder(hidden[window : window + 1, start:end])
+                with self._blocks_replaced([feeder]):
+                    ids = tokens[window : window + 1, start:end].to(self.device)
+                    logits = self.model(input_ids=ids, use_cache=False).logits
+                yield window, start, logits[0].float()
 
     def head(
         self,
@@ -254,11 +254,12 @@ class Stream:
             dtype: round the weights to this type first, as a file of that type would.
         """
         pieces: list[torch.Tensor] = []
-        for window, start, logits in self._head_pieces(hidden, tokens, dtype):
-            pieces.append(logits)
-            if start + len(logits) == tokens.shape[1]:
-                use(window, torch.cat(pieces))
-                pieces.clear()
+        with self._outside(dtype):
+            for window, start, logits in self._head_pieces(hidden, tokens):
+                pieces.append(logits)
+                if start + len(logits) == tokens.shape[1]:
+                    use(window, torch.cat(pieces))
+                    pieces.clear()
 
     def losses(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Next-token negative log likelihood of every token but the first of each window.
@@ -266,12 +267,23 @@ class Stream:
         Returns:
             (windows, length - 1), float64, in nats.
         """
-        found = torch.zeros(len(tokens), tokens.shape[1] - 1, dtype=torch.float64)
-        for window, start, logits in self._head_pieces(hidden, tokens):
-            targets = tokens[window, start + 1 : start + 1 + len(logits)].to(logits.device)
-            loss = nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="none")
-            found[window, start : start + len(targets)] = loss.double().cpu()
+        (found,) = self.losses_each([hidden], tokens)
         return found
+
+    def losses_each(
+        self, hiddens: Iterable[torch.Tensor], tokens: torch.Tensor
+    ) -> Iterator[torch.Tensor]:
+        """:meth:`losses` of several hidden states, for which norm and head are read once."""
+        with self._outside(None):
+            for hidden in hiddens:
+                found = torch.zeros(len(tokens), tokens.shape[1] - 1, dtype=torch.float64)
+                for window, start, logits in self._head_pieces(hidden, tokens):
+                    targets = tokens[window, start + 1 : start + 1 + len(logits)].to(logits.device)
+                    loss = nn.functional.cross_entropy(
+                        logits[: len(targets)], targets, reduction="none"
+                    )
+                    found[window, start : start + len(targets)] = loss.double().cpu()
+                yield found
 
     # ---- inside ------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Non
 def print_blocks(result: PlanResult) -> None:
     from secateur.plans import block_removed
 
-    anatomy = result.plan.anatomy
+    anatomy, ranked = result.plan.anatomy, result.choice.importances
     rows = []
     for cut in result.plan.blocks:
         gone = block_removed(anatomy, cut)
@@ -38,7 +38,7 @@ def print_blocks(result: PlanResult) -> None:
         rows.append(
             (
                 str(cut.source),
-                f"{result.choice.importances[cut.source]:.4f}",
+                f"{ranked[cut.source]:.4f}" if cut.source in ranked else "–",
                 f"{gone / anatomy.block_parameters:.1%}",
                 sizes or "as it was",
             )
@@ -48,6 +48,9 @@ def print_blocks(result: PlanResult) -> None:
 
 
 def _why_off(result: PlanResult, gone: int) -> str:
+    if not _cut_inside(result):
+        block = result.plan.anatomy.block_parameters
+        return f"blocks go whole, {block:,} parameters each"
     if result.form.uniform and result.form.multiple > 1:
         return (
             f"all {len(result.plan.blocks)} widths go in steps of {result.form.multiple} together; "
@@ -59,6 +62,10 @@ def _why_off(result: PlanResult, gone: int) -> str:
     if gone > result.asked:
         return "count: columns leaves dead rows out of the target"
     return "no remaining layer could lose another input"
+
+
+def _cut_inside(result: PlanResult) -> bool:
+    return any(cut.inputs for cut in result.plan.blocks)
 
 
 def print_result(result: PlanResult) -> None:
@@ -92,7 +99,8 @@ def print_result(result: PlanResult) -> None:
     print(f"asked {result.asked:,} parameters, reached {gone:,} ({off:+.2%} of the model)")
     if abs(off) > 0.002:
         print(f"the difference is above 0.2 points: {_why_off(result, gone)}")
-    print(f"FFN widths: multiples of {result.form.multiple} ({result.form.reason})")
+    if _cut_inside(result):
+        print(f"FFN widths: multiples of {result.form.multiple} ({result.form.reason})")
     if result.layout_cost is not None:
         free, same = result.layout_cost.get("per-layer"), result.layout_cost["uniform"]
         print(

@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
-from secateur.methods.base import Block, Method, Quotas, get_method, method_names, register
+from secateur.methods.base import (
+    Block,
+    Method,
+    Quotas,
+    Share,
+    Shares,
+    get_method,
+    method_names,
+    register,
+)
 
-__all__ = ["Block", "Method", "Quotas", "get_method", "method_names", "register"]
+__all__ = [
+    "Block",
+    "Method",
+    "Quotas",
+    "Share",
+    "Shares",
+    "get_method",
+    "method_names",
+    "register",
+]

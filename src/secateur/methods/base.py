@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel
@@ -16,9 +16,27 @@ from secateur.anatomy import Anatomy
 from secateur.errors import RecipeError
 from secateur.forms import Form
 from secateur.plans import BlockCut
-from secateur.statistics import Moments
+from secateur.solvers.budget import in_units
+from secateur.statistics import Channels, Moments
 
 Quotas = dict[int, int]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one block shall lose.
+
+    Attributes:
+        parameters: together.
+        inputs: numbers of inputs by linear layer, where the method fixes them for all blocks at
+            once (:meth:`Method.allocate`); else it is for the cut of the block to find them.
+    """
+
+    parameters: int
+    inputs: dict[str, int] = field(default_factory=dict)
+
+
+Shares = dict[int, Share]
 
 
 @dataclass(frozen=True)
@@ -30,9 +48,12 @@ class Block:
         anatomy: of the model.
         weights: weight of each linear layer by path, (p, q), float32.
         moments: statistics of each signal that the method asked for.
+        generator: for methods that draw; seeded from the recipe's seed and the block's number.
         held_out: the same of the windows that a method keeps apart (:attr:`Method.held_out`); they
             are in ``moments`` too.
-        generator: for methods that draw; seeded from the recipe's seed and the block's number.
+        channels: the statistics in place of ``moments`` for methods that need no more.
+        biases: bias of each linear layer that has one, (p,), float32.
+        lose: inputs to lose by linear layer, where :class:`Share` says.
     """
 
     source: int
@@ -41,6 +62,9 @@ class Block:
     moments: dict[str, Moments]
     generator: torch.Generator
     held_out: dict[str, Moments] = field(default_factory=dict)
+    channels: dict[str, Channels] = field(default_factory=dict)
+    biases: dict[str, torch.Tensor] = field(default_factory=dict)
+    lose: Mapping[str, int] = field(default_factory=dict)
 
 
 class Method(ABC):
@@ -57,6 +81,13 @@ class Method(ABC):
     Options: ClassVar[type[BaseModel]]
     #: Share of the windows whose statistics a method also wants apart, to judge fits by.
     held_out: ClassVar[float] = 0.0
+    #: What whole blocks are ranked by: what goes in and comes out of each
+    #: (:meth:`layer_importance`), or the loss of the model without it. None: all blocks stay.
+    ranking: ClassVar[Literal["influence", "loss"] | None] = "influence"
+    #: Statistics of the signals: second moments, or mean, variance and norm of each channel.
+    needs: ClassVar[Literal["moments", "channels"]] = "moments"
+    #: Whether anything goes inside blocks.
+    cuts_inside: ClassVar[bool] = True
 
     def __init__(self, options: BaseModel, form: Form) -> None:
         self.options: Any = options
@@ -69,25 +100,81 @@ class Method(ABC):
             RecipeError: with what is allowed.
         """
 
-    @abstractmethod
-    def layer_counts(self, most: int) -> Sequence[int]:
-        """Numbers of whole blocks to try removing, none above ``most``; one means: no choice."""
+    def notes(self, anatomy: Anatomy) -> list[str]:
+        """What the user should know before the work begins, a line each."""
+        return []
 
-    @abstractmethod
+    def layer_counts(self, worth: float) -> Sequence[int]:
+        """Numbers of whole blocks to try removing; one means: no choice.
+
+        Args:
+            worth: blocks that the parameters to be removed make.
+
+        Raises:
+            RecipeError: a number that the options name does not go with that.
+        """
+        return (0,)
+
+    @property
+    def looks_again(self) -> bool:
+        """Whether blocks are ranked anew, on the shortened model, after each removal."""
+        return True
+
+    def candidates(self, layers: Sequence[int]) -> Sequence[int]:
+        """Which of the blocks that are left may go next."""
+        return layers
+
     def layer_importance(self, inputs: torch.Tensor, outputs: torch.Tensor) -> float:
-        """Importance of a block from what goes in and comes out, (windows, length, hidden)."""
+        """Importance of a block from what goes in and comes out, (windows, length, hidden).
 
-    @abstractmethod
+        1 - E_t cos(x_t^l, x_t^{l+1}): ShortGPT's block influence, COMP's Eq. 3.
+        """
+        cosine = torch.nn.functional.cosine_similarity(inputs, outputs, dim=-1)
+        return 1 - float(cosine.double().mean())
+
     def signals(self, anatomy: Anatomy) -> set[str]:
-        """Signals of which second moments are needed."""
+        """Signals of which statistics are needed; none need no run of the model."""
+        return set()
 
-    @abstractmethod
     def quotas(self, anatomy: Anatomy, importances: dict[int, float], total: int) -> Quotas:
-        """Parameters that each remaining block shall lose, ``total`` together.
+        """Parameters that remaining blocks shall lose, ``total`` together; none by default.
 
         Raises:
             RecipeError: the blocks cannot lose that much.
         """
+        return {}
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether every block is surveyed, uncut, before it is known what each shall lose."""
+        return False
+
+    def survey(self, block: Block) -> Any:  # noqa: B027, only methods that look ahead have it
+        """What to remember of a block until :meth:`allocate`; small, since all are kept at once."""
+
+    def allocate(
+        self,
+        anatomy: Anatomy,
+        layers: Sequence[int],
+        importances: dict[int, float],
+        surveys: Mapping[int, Any],
+        total: int,
+    ) -> Shares:
+        """What each of the blocks that are left shall lose; by default, as :meth:`quotas` say.
+
+        Args:
+            layers: blocks that are left.
+            importances: of the layer stage, where it ranks.
+            surveys: answers of :meth:`survey` by block, where the method looks ahead.
+            total: parameters that all together shall lose.
+
+        Raises:
+            RecipeError: the blocks cannot lose that much.
+        """
+        exact = self.quotas(anatomy, importances, total)
+        if not self.carries:  # which keeps the total; equal parts in units may all be off
+            exact = in_units(exact, self.unit(anatomy))
+        return {layer: Share(exact.get(layer, 0)) for layer in layers}
 
     def unit(self, anatomy: Anatomy) -> int:
         """Parameters of the smallest piece that can go; quotas are made multiples of it."""
@@ -103,9 +190,9 @@ class Method(ABC):
         """Choose what stays of one block so that ``quota`` parameters go."""
 
     @property
-    @abstractmethod
     def identical_inputs(self) -> bool:
         """Whether statistics come from the uncut model rather than from the cut prefix."""
+        return True
 
 
 _REGISTRY: dict[str, type[Method]] = {}

@@ -11,15 +11,16 @@ import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from secateur.anatomy import Anatomy
 from secateur.errors import RecipeError
-from secateur.methods.base import Block, Method, Quotas
-from secateur.plans import BlockCut, live_rows, removed_by_counts
+from secateur.methods.base import Block, Quotas
+from secateur.methods.units import Units, group_width
+from secateur.plans import BlockCut, live_rows
 from secateur.solvers.budget import Curve, LazyValues, share_out, threshold_search
 
 
@@ -62,10 +63,8 @@ class Removal(Protocol):
         """Write scales or weights of the kept inputs, and notes, into ``cut``."""
 
 
-class Structured(Method):
+class Structured(Units):
     """Whole blocks first, then units inside the rest."""
-
-    options: Any
 
     @property
     def identical_inputs(self) -> bool:
@@ -75,13 +74,10 @@ class Structured(Method):
     def removal(self, block: Block, name: str, unit: int) -> Removal:
         """The order of the inputs of layer ``name`` in pieces of ``unit`` inputs, and its costs."""
 
-    def signals_cut(self) -> set[str]:
-        """With structure inputs: signals whose readers lose inputs."""
-        return {"neurons"}
-
     # ---- layer stage -------------------------------------------------------------------------
 
-    def layer_counts(self, most: int) -> Sequence[int]:
+    def layer_counts(self, worth: float) -> Sequence[int]:
+        most = int(worth)
         if self.options.layers == "auto":
             return range(min(most, self.options.max_layers) + 1)
         if self.options.layers > most:
@@ -90,11 +86,6 @@ class Structured(Method):
                 f"most {most} blocks: lower --layers or raise --remove"
             )
         return (self.options.layers,)
-
-    def layer_importance(self, inputs: torch.Tensor, outputs: torch.Tensor) -> float:
-        """1 - E_t cos(x_t^l, x_t^{l+1}): COMP's Eq. 3, ShortGPT's block influence."""
-        cosine = torch.nn.functional.cosine_similarity(inputs, outputs, dim=-1)
-        return 1 - float(cosine.double().mean())
 
     def quotas(self, anatomy: Anatomy, importances: dict[int, float], total: int) -> Quotas:
         """COMP's Eq. 10: r_l = w_l (r N - n N^) / N^ with w_l proportional to 1 / I_l.
@@ -127,77 +118,7 @@ class Structured(Method):
         shared = share_out(total, weights, dict.fromkeys(prunable, cap))
         return {i: shared.get(i, 0) for i in layers}
 
-    def check(self, anatomy: Anatomy) -> None:
-        """Whether blocks of this model can keep the wanted number of KV groups."""
-        wanted = self.options.groups
-        legal = self.form.groups or tuple(range(1, anatomy.kv_heads + 1))
-        if isinstance(wanted, int) and wanted not in legal:
-            raise RecipeError(
-                f"groups is {wanted}, but the stock class of {anatomy.model_type} holds "
-                f"{', '.join(map(str, legal))} KV groups: choose one of these, auto or keep"
-                if self.form.uniform
-                else f"groups is {wanted}, but every block has {anatomy.kv_heads} KV groups: "
-                f"allowed are 1 to {anatomy.kv_heads}, auto and keep"
-            )
-
-    def unit(self, anatomy: Anatomy) -> int:
-        """Parameters of one piece, where all pieces that may go cost the same; else 1."""
-        denses = self._denses(anatomy)
-        if len(denses) > 1:
-            return 1
-        dense = anatomy.denses[denses[0]]
-        step = self.form.multiple if dense.reads == "neurons" else 1
-        return self._removed(anatomy, {denses[0]: torch.arange(dense.inputs - step)})
-
-    @property
-    def carries(self) -> bool:
-        """Heads and neurons differ in size: a block meets its quota only to half a piece."""
-        return self.form.structure == "coupled" and not self.form.uniform
-
-    def _most_removable(self, anatomy: Anatomy) -> int:
-        """Parameters gone if every layer that may lose inputs kept the least it can."""
-        least = {name: self._legal(anatomy, name)[-1] for name in self._denses(anatomy)}
-        inputs = {n: torch.arange(anatomy.denses[n].inputs - c) for n, c in least.items()}
-        return self._removed(anatomy, inputs)
-
     # ---- neuron stage ------------------------------------------------------------------------
-
-    def _denses(self, anatomy: Anatomy) -> list[str]:
-        if self.form.structure == "inputs":
-            wanted = self.signals_cut()
-        else:
-            keep = self.options.groups in ("keep", anatomy.kv_heads) or (
-                self.form.groups == (anatomy.kv_heads,)
-            )
-            wanted = {"neurons"} if keep else {"heads", "neurons"}
-        return [name for name, dense in anatomy.denses.items() if dense.reads in wanted]
-
-    def signals(self, anatomy: Anatomy) -> set[str]:
-        return {anatomy.denses[name].reads for name in self._denses(anatomy)}
-
-    def _legal(self, anatomy: Anatomy, name: str) -> Sequence[int]:
-        """Numbers of inputs that a layer may lose, rising from 0."""
-        dense = anatomy.denses[name]
-        if dense.reads == "neurons":
-            widths = range(self.form.multiple, dense.inputs, self.form.multiple)
-            return [0, *(dense.inputs - width for width in reversed(widths))]
-        if self.form.structure == "coupled":
-            kept = self.form.groups or range(1, anatomy.kv_heads + 1)
-            return [dense.inputs - _group_width(anatomy) * n for n in reversed(kept)]
-        return range(dense.inputs)
-
-    def _removed(self, anatomy: Anatomy, inputs: dict[str, torch.Tensor]) -> int:
-        counts = {name: len(kept) for name, kept in inputs.items()}
-        live = live_rows(anatomy, inputs, self._groups(anatomy, inputs))
-        rows = {name: len(kept) for name, kept in live.items()}
-        return removed_by_counts(anatomy, counts, rows)
-
-    def _groups(self, anatomy: Anatomy, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        """The KV groups that make the kept inputs of the attention output, if some went."""
-        kept = inputs.get(anatomy.coupling("values").consumer)
-        if self.form.structure == "inputs" or kept is None:
-            return None
-        return kept[:: _group_width(anatomy)] // _group_width(anatomy)
 
     def _heads_lost(self, anatomy: Anatomy, quota: int) -> int | None:
         """Inputs of the attention output that must go; None where the threshold decides.
@@ -205,7 +126,7 @@ class Structured(Method):
         Uniform widths need one number for all blocks before any is looked at: as few groups as
         leave the FFN a share that it can lose.
         """
-        width, groups = _group_width(anatomy), self.options.groups
+        width, groups = group_width(anatomy), self.options.groups
         if isinstance(groups, int):
             return (anatomy.kv_heads - groups) * width
         if not self.form.uniform:
@@ -230,7 +151,7 @@ class Structured(Method):
         curves: dict[str, Curve] = {}
         for name in self._denses(anatomy):
             whole = self._in_groups(anatomy, name)
-            removals[name] = self.removal(block, name, _group_width(anatomy) if whole else 1)
+            removals[name] = self.removal(block, name, group_width(anatomy) if whole else 1)
             lost = self._heads_lost(anatomy, quota) if whole else None
             curves[name] = (
                 Curve((lost,), (math.inf,))
@@ -252,10 +173,6 @@ class Structured(Method):
             removals[name].finish(counts[name], cut, name)
         return cut
 
-    def _in_groups(self, anatomy: Anatomy, name: str) -> bool:
-        """Whether the inputs of a layer go in whole KV groups."""
-        return self.form.structure == "coupled" and anatomy.denses[name].reads == "heads"
-
     def _curve(self, removal: Removal, legal: Sequence[int]) -> Curve:
         """Values of the stopping rule at up to ``grid`` legal numbers of removed inputs.
 
@@ -274,11 +191,6 @@ class Structured(Method):
             return rule(following[count]) if count in following else math.inf
 
         return Curve(counts, LazyValues(next_step, counts), legal)
-
-
-def _group_width(anatomy: Anatomy) -> int:
-    """Inputs of the attention output that one KV group makes, through all its query heads."""
-    return anatomy.heads_per_group * anatomy.head_size
 
 
 def short(value: float) -> float:

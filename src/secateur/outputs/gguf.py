@@ -91,7 +91,8 @@ def check_model(stream: Stream, *, uniform: bool, all_blocks: bool) -> None:
 
     config = stream.checkpoint.config
     blocks = gguf_arch.block_widths(stream)
-    arch = gguf_arch.choose(config, blocks, stream.anatomy.head_size)
+    biased = gguf_arch.is_biased(stream)
+    arch = gguf_arch.choose(config, blocks, stream.anatomy.head_size, biased=biased)
     if not uniform:
         arch = gguf_arch.home_of(config.model_type).per_layer or arch
     if arch == "smollm3" and not all_blocks:
@@ -162,7 +163,7 @@ def _write(
 
     config, size = stream.checkpoint.config, stream.anatomy.head_size
     blocks = gguf_arch.block_widths(stream)
-    arch = gguf_arch.choose(config, blocks, size)
+    arch = gguf_arch.choose(config, blocks, size, biased=gguf_arch.is_biased(stream))
     writer = GGUFWriter(path, arch)
     writer.add_type("model")
     writer.add_name((name or Path(stream.checkpoint.source).name).removesuffix(".gguf"))

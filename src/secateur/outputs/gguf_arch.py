@@ -98,11 +98,12 @@ def block_widths(stream: Stream) -> list[Widths]:
     return found
 
 
-def choose(config: Any, blocks: Sequence[Widths], head_size: int) -> str:
+def choose(config: Any, blocks: Sequence[Widths], head_size: int, *, biased: bool = False) -> str:
     """The architecture that holds these blocks.
 
     Args:
         config: of the model in transformers.
+        biased: whether layers besides queries, keys and values have a bias.
 
     Raises:
         OutputError: there is none; the line says what is in the way and which flag removes it.
@@ -110,8 +111,9 @@ def choose(config: Any, blocks: Sequence[Widths], head_size: int) -> str:
     base = str(config.model_type).removeprefix(MODEL_TYPE_PREFIX)
     home = home_of(base)
     if len(set(blocks)) == 1:
-        # qwen2 derives the size of a head from the hidden width, and reads no frequency factors.
-        plain = blocks[0].query_heads * head_size == config.hidden_size
+        # qwen2 derives the size of a head from the hidden width, and reads no frequency factors
+        # and no other biases.
+        plain = blocks[0].query_heads * head_size == config.hidden_size and not biased
         if home.uniform == "qwen2" and not (plain and _rope_type(config) != "llama3"):
             return "deci"
         return home.uniform
@@ -147,6 +149,22 @@ def home_of(model_type: str) -> Home:
             "name, which transformers opens"
         )
     return HOMES[model_type]
+
+
+def without_new_biases(model_type: str, *, per_layer: bool) -> str:
+    """The architecture of this layout if it has no place for biases in all layers, else nothing."""
+    home = home_of(model_type)
+    arch = home.per_layer if per_layer else home.uniform
+    arch = "deci" if arch == "qwen2" else arch
+    return "" if arch is None or arch in BIASED else arch
+
+
+def is_biased(stream: Stream) -> bool:
+    """Whether layers besides queries, keys and values have a bias."""
+    attention = stream.anatomy.coupling("values")
+    usual = (*attention.queries, *attention.keys, *attention.producers)
+    names = [name.removesuffix(".bias") for name in stream.stored_parameters() if ".bias" in name]
+    return any(not name.endswith(usual) for name in names)
 
 
 def _differences(blocks: Sequence[Widths]) -> str:

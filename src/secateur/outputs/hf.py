@@ -167,6 +167,9 @@ def make_config(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> dict[
         "blocks_path": family.blocks,
         "shapes": [plan.shapes(cut) for cut in plan.blocks],
     }
+    biases = [plan.new_biases(cut) for cut in plan.blocks]
+    if any(biases):
+        config["secateur"]["biases"] = biases
     return config
 
 
@@ -195,6 +198,8 @@ def holds_only_our_code(folder: Path) -> bool:
 def stock_keys(checkpoint: Checkpoint, plan: Plan) -> dict[str, int] | None:
     """The config keys with which the stock class holds this plan, or None where it cannot."""
     widths = plan.uniform
+    if any(plan.new_biases(cut) for cut in plan.blocks):
+        return None
     if widths is None or widths.kv_groups not in stock_groups(checkpoint, plan.anatomy):
         return None
     return {

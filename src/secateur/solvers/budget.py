@@ -67,6 +67,13 @@ def in_units(parts: Mapping[int, int], unit: int) -> dict[int, int]:
     return rounded
 
 
+def nearest(legal: Sequence[int], wish: float) -> int:
+    """The one of some rising numbers that is nearest to ``wish``; the lower of two alike."""
+    place = bisect_left(legal, wish)
+    around = legal[max(0, place - 1) : place + 1]
+    return min(around, key=lambda number: abs(number - wish))
+
+
 @dataclass(frozen=True)
 class Curve:
     """Values of a stopping rule at rising numbers of removed inputs.

@@ -1,0 +1,109 @@
+"""Units that go whole, KV groups and FFN neurons: their numbers, and what they cost.
+
+What stays of a block is a matter of arithmetic once it is known how many units go where; that is
+the same for all methods, however they choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from secateur.anatomy import Anatomy
+from secateur.errors import RecipeError
+from secateur.methods.base import Method
+from secateur.plans import live_rows, removed_by_counts
+
+
+class Units(Method):
+    """A method that removes units at the entry of the attention output and of the FFN's last layer.
+
+    Its options have ``groups``: KV groups that each block keeps, ``keep`` for all, or ``auto``.
+    """
+
+    options: Any
+
+    def signals_cut(self) -> set[str]:
+        """With structure inputs: signals whose readers lose inputs."""
+        return {"neurons"}
+
+    def check(self, anatomy: Anatomy) -> None:
+        """Whether blocks of this model can keep the wanted number of KV groups."""
+        wanted = self.options.groups
+        legal = self.form.groups or tuple(range(1, anatomy.kv_heads + 1))
+        if isinstance(wanted, int) and wanted not in legal:
+            raise RecipeError(
+                f"groups is {wanted}, but the stock class of {anatomy.model_type} holds "
+                f"{', '.join(map(str, legal))} KV groups: choose one of these, auto or keep"
+                if self.form.uniform
+                else f"groups is {wanted}, but every block has {anatomy.kv_heads} KV groups: "
+                f"allowed are 1 to {anatomy.kv_heads}, auto and keep"
+            )
+
+    def unit(self, anatomy: Anatomy) -> int:
+        """Parameters of one piece, where all pieces that may go cost the same; else 1."""
+        denses = self._denses(anatomy)
+        if len(denses) > 1:
+            return 1
+        dense = anatomy.denses[denses[0]]
+        step = self.form.multiple if dense.reads == "neurons" else 1
+        return self._removed(anatomy, {denses[0]: torch.arange(dense.inputs - step)})
+
+    @property
+    def carries(self) -> bool:
+        """Heads and neurons differ in size: a block meets its quota only to half a piece."""
+        return self.form.structure == "coupled" and not self.form.uniform
+
+    def _most_removable(self, anatomy: Anatomy) -> int:
+        """Parameters gone if every layer that may lose inputs kept the least it can."""
+        least = {name: self._legal(anatomy, name)[-1] for name in self._denses(anatomy)}
+        inputs = {n: torch.arange(anatomy.denses[n].inputs - c) for n, c in least.items()}
+        return self._removed(anatomy, inputs)
+
+    def _denses(self, anatomy: Anatomy) -> list[str]:
+        if self.form.structure == "inputs":
+            wanted = self.signals_cut()
+        else:
+            keep = self.options.groups in ("keep", anatomy.kv_heads) or (
+                self.form.groups == (anatomy.kv_heads,)
+            )
+            wanted = {"neurons"} if keep else {"heads", "neurons"}
+        return [name for name, dense in anatomy.denses.items() if dense.reads in wanted]
+
+    def signals(self, anatomy: Anatomy) -> set[str]:
+        return {anatomy.denses[name].reads for name in self._denses(anatomy)}
+
+    def _legal(self, anatomy: Anatomy, name: str) -> Sequence[int]:
+        """Numbers of inputs that a layer may lose, rising from 0."""
+        dense = anatomy.denses[name]
+        if dense.reads == "neurons":
+            widths = range(self.form.multiple, dense.inputs, self.form.multiple)
+            return [0, *(dense.inputs - width for width in reversed(widths))]
+        if self.form.structure == "coupled":
+            kept = self.form.groups or range(1, anatomy.kv_heads + 1)
+            return [dense.inputs - group_width(anatomy) * n for n in reversed(kept)]
+        return range(dense.inputs)
+
+    def _removed(self, anatomy: Anatomy, inputs: dict[str, torch.Tensor]) -> int:
+        counts = {name: len(kept) for name, kept in inputs.items()}
+        live = live_rows(anatomy, inputs, self._groups(anatomy, inputs))
+        rows = {name: len(kept) for name, kept in live.items()}
+        return removed_by_counts(anatomy, counts, rows)
+
+    def _groups(self, anatomy: Anatomy, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """The KV groups that make the kept inputs of the attention output, if some went."""
+        kept = inputs.get(anatomy.coupling("values").consumer)
+        if self.form.structure == "inputs" or kept is None:
+            return None
+        return kept[:: group_width(anatomy)] // group_width(anatomy)
+
+    def _in_groups(self, anatomy: Anatomy, name: str) -> bool:
+        """Whether the inputs of a layer go in whole KV groups."""
+        return self.form.structure == "coupled" and anatomy.denses[name].reads == "heads"
+
+
+def group_width(anatomy: Anatomy) -> int:
+    """Inputs of the attention output that one KV group makes, through all its query heads."""
+    return anatomy.heads_per_group * anatomy.head_size

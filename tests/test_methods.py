@@ -1,0 +1,141 @@
+"""What must hold for every method: the plan is what prune does, the folder what the plan says, and
+a run that is killed ends in the same bytes. A new method is one line in :data:`CASES`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_kill import KILLED, SERVER
+from test_outputs import logits_of, modules_cache, random_tokens, reopen
+from test_pipeline import same_plans
+
+from secateur.checkpoint import open_checkpoint
+from secateur.engine import masked_hidden
+from secateur.methods import method_names
+from secateur.pipeline import make_plan
+from secateur.pruning import prune
+from secateur.recipe import Recipe, make_recipe
+from secateur.streaming import Stream
+
+__all__ = ["modules_cache"]  # a fixture that runs by itself
+
+Folder = Callable[[str], Path]
+#: Grouped query heads and a tied head; biases in every layer; LayerNorm, ReLU and biases.
+FAMILIES = ["llama-gqa-tied", "llama-biases", "opt"]
+STRUCTURED = {"layers": 0, "exempt_first": 0, "exempt_last": 0, "grid": 8}
+#: Method and options, as many of each as go different ways through the engine.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "comp": ("comp", STRUCTURED),
+    "obs": ("obs", STRUCTURED),
+    "shortgpt": ("shortgpt", {}),
+    "shortgpt iterative": ("shortgpt", {"order": "iterative", "distance": "angular"}),
+    "sleb": ("sleb", {}),
+    "random": ("random", {}),
+    "random global": ("random", {"shares": "global"}),
+    "magnitude-sp": ("magnitude-sp", {}),
+    "wanda-sp": ("wanda-sp", {}),
+    "wanda-sp neurons": ("wanda-sp", {"groups": "keep", "inputs": "identical"}),
+    "flap": ("flap", {}),
+    "flap UL-UM": ("flap", {"shares": "UL-UM", "metric": "WIFN"}),
+    "flap alone": ("flap", {"bias": False, "metric": "IFV", "square_heads": False}),
+}
+#: Those that go different ways through the journal.
+TO_KILL = ["sleb", "wanda-sp", "flap"]
+
+
+def recipe(case: str, **fields: Any) -> Recipe:
+    method, options = CASES[case]
+    return make_recipe(
+        **{
+            "remove": "45%", "of": "decoder", "method": method, "options": options,
+            "calibration": {"samples": 3, "length": 20}, **fields,
+        }
+    )  # fmt: skip
+
+
+def test_every_method_is_here() -> None:
+    assert {method for method, _ in CASES.values()} == set(method_names())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("case", CASES)
+def test_the_folder_computes_what_the_plan_says(
+    case: str, name: str, model_folder: Folder, tmp_path: Path
+) -> None:
+    source, asked = model_folder(name), recipe(case)
+    planned = make_plan(source, asked).plan
+    done = prune(source, tmp_path / "out", asked, verify=False)
+    assert same_plans(planned, done.plan)
+    before, after = done.plan.sizes_before(), done.plan.sizes()
+    grain = done.plan.anatomy.block_parameters / 2 / before.decoder
+    assert abs(after.decoder_share_removed(before) - 0.45) <= grain
+
+    model = reopen(done.out)
+    assert sum(p.numel() for p in model.parameters()) == after.parameters
+    stream, tokens = Stream(open_checkpoint(source)), random_tokens(2, 12)
+    found: list[torch.Tensor] = []
+    hidden = masked_hidden(stream, done.plan, tokens, torch.float32)
+    stream.head(hidden, tokens, lambda _, window: found.append(window))
+    got = logits_of(model, tokens)
+    torch.testing.assert_close(got, torch.stack(found), rtol=1e-4, atol=1e-4)
+    whole = torch.stack(found).clone()
+    found.clear()
+    stream.head(stream.forward(tokens), tokens, lambda _, window: found.append(window))
+    assert (whole - torch.stack(found)).abs().max() > 1e-2  # and something was lost
+
+
+@pytest.fixture(scope="module")
+def forked(model_folder: Folder) -> Any:
+    """Prune in a fork, to its end or to the moment at which it is killed; see test_kill."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+
+    def ask(case: str, out: Path, at: int | None = None) -> tuple[int, list[str]]:
+        request = {
+            "source": str(model_folder("llama-gqa-tied")), "out": str(out), "at": at,
+            "recipe": recipe(case).model_dump(),
+        }  # fmt: skip
+        print(json.dumps(request), file=server.stdin, flush=True)
+        answer = json.loads(server.stdout.readline())  # type: ignore[union-attr]
+        said = answer["said"] or {"error": None, "moments": []}
+        assert said["error"] is None
+        return answer["status"], said["moments"]
+
+    yield ask
+    server.stdin.close()
+    assert server.wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize("case", TO_KILL)
+def test_killed_and_gone_on_with(case: str, forked: Any, tmp_path: Path) -> None:
+    """After every line of the journal, and in the middle of the one before the first block."""
+    status, moments = forked(case, tmp_path / "whole")
+    assert status == 0
+    wanted = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
+    lines = [i for i, name in enumerate(moments) if name.startswith("after line")]
+    first = moments.index("before line block")
+    for at in [*lines, first - 1, first + 1]:
+        out = tmp_path / str(at) / "out"
+        assert forked(case, out, at)[0] == KILLED
+        status, again = forked(case, out)
+        assert status == 0
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == wanted
+        for kind in (
+            "layers",
+            "removed",
+            "shares",
+            "block",
+        ):  # what is in the journal is not done again
+            done = moments[: at + 1].count(f"after line {kind}")
+            assert again.count(f"after line {kind}") == moments.count(f"after line {kind}") - done
