@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -314,13 +314,13 @@ class _Run:
         others = {path.stem for path in cells.glob("*.json")} - names - {DENSE}
         if others:
             notes.append(
-                f"{len(others)} cells of earlier commands are not in this table; name their "
-                "methods, shares and seeds too to have them in it"
+                f"not in this table are {_counted(others, 'cell')} of earlier commands; name "
+                "their methods, shares and seeds too to have them in it"
             )
         gone = [n for n in sorted(names - set(failed)) if not self._kept(n)] if keep else []
         if gone:
             notes.append(
-                f"{len(gone)} models were measured before --keep was given and are not there: "
+                f"measured before --keep was given, and so not there: {_counted(gone, 'model')}; "
                 f"secateur prune {self.source} --recipe {self.folder.path}/recipes/{gone[0]}.yaml "
                 "--out FOLDER makes the first of them"
             )
@@ -334,6 +334,10 @@ def _finished_blocks(model: Path) -> bool:
     """Whether an unfinished model has work in it that ``prune`` goes on from."""
     journal = work_folder(model) / JOURNAL
     return journal.is_file() and journal.read_bytes().count(b"\n") > 1
+
+
+def _counted(things: Collection[str], name: str) -> str:
+    return f"{len(things)} {name}{'s' if len(things) > 1 else ''}"
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -9,7 +9,7 @@ pointer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from html import escape
 from math import ceil
 
@@ -69,9 +69,8 @@ def line_chart(
     y_title: str,
     log: bool = False,
     baseline: tuple[str, float] | None = None,
-    x_zero: bool = True,
     y_zero: bool = False,
-    whole: bool = False,
+    places: int | None = None,
     height: int = 280,
 ) -> str:
     """Points over a common axis, joined in each series.
@@ -79,13 +78,14 @@ def line_chart(
     Args:
         log: of the upright axis; values must be above 0.
         baseline: text and value of a line across.
-        x_zero, y_zero: whether an axis begins at 0.
-        whole: whether only whole numbers stand at the level axis.
+        y_zero: whether the upright axis begins at 0, as the level one does.
+        places: the level axis counts from 0 to below this, as columns of :func:`column_chart` do.
     """
     points = [point for one in series for point in one.points]
-    xs = linear([p.x for p in points], LEFT, WIDTH - RIGHT, zero=x_zero)
-    if whole:
-        xs = replace(xs, ticks=tuple(t for t in xs.ticks if t == round(t)))
+    if places is None:
+        xs = linear([p.x for p in points], LEFT, WIDTH - RIGHT, zero=True)
+    else:
+        xs = _counted(places, LEFT)
     heights = [v for p in points for v in (p.y, p.low, p.high) if v is not None]
     if baseline is not None:
         heights.append(baseline[1])
@@ -145,7 +145,7 @@ def column_chart(
     """A column for each block, in percent; a hatched one over the whole height for None."""
     height = 220
     count = len(shares)
-    xs = Scale(-0.5, count - 0.5, LEFT, WIDTH - RIGHT, _whole_ticks(count))
+    xs = _counted(count, LEFT)
     top = max((100 * s for s in shares if s is not None), default=0.0)
     ys = linear([top if None not in shares else 100.0], height - BOTTOM, TOP, zero=True)
     parts = [*_axes(xs, ys, x_title, y_title, height)]
@@ -184,7 +184,7 @@ def heat_map(stripes: Sequence[Stripe], *, x_title: str, title: str) -> str:
     longest = max(len(stripe.label) for stripe in stripes)
     left = min(180, ceil(longest * CHARACTER) + 10)
     count, row = len(stripes[0].shares), 20
-    xs = Scale(-0.5, count - 0.5, left, WIDTH - RIGHT, _whole_ticks(count))
+    xs = _counted(count, left)
     wide = xs.at(1) - xs.at(0)
     bottom = row * len(stripes)
     parts = []
@@ -277,9 +277,11 @@ def _fitted(label: str, room: float) -> str:
     return f"{escape(short)}<title>{escape(label)}</title>"
 
 
-def _whole_ticks(count: int) -> tuple[float, ...]:
+def _counted(count: int, start: float) -> Scale:
+    """A level scale with a place for each of ``count`` things."""
     step = next(s for s in (1, 2, 5, 10, 20, 50, 100) if count / s <= 8)
-    return tuple(float(i) for i in range(0, count, step))
+    ticks = tuple(float(i) for i in range(0, count, step))
+    return Scale(-0.5, count - 0.5, start, WIDTH - RIGHT, ticks)
 
 
 def _svg(parts: Sequence[str], height: int, label: str) -> str:

@@ -74,7 +74,7 @@ def pruning_page(record: Mapping[str, Any], facts: RunFacts) -> str:
     plan = record["plan"]
     blocks = _blocks(record)
     name = facts.source if _is_hub_id(facts.source) else Path(facts.source).name
-    errors = _errors(plan["blocks"])
+    errors = _errors(plan["blocks"], len(blocks))
     return render(
         "pruning.html",
         name=name,
@@ -99,7 +99,7 @@ def pruning_page(record: Mapping[str, Any], facts: RunFacts) -> str:
         blocks=blocks,
         calibration=_calibration(record),
         sha256=record["calibration"]["sha256"],
-        yaml=yaml.safe_dump(dict(record["recipe"]), sort_keys=True, allow_unicode=True).rstrip(),
+        yaml=yaml.safe_dump(_said(record["recipe"]), sort_keys=False, allow_unicode=True).rstrip(),
         seconds=_seconds_chart(facts.seconds),
         total=f"{sum(facts.seconds.values()):,.0f}",
         memory=_memory_chart(facts),
@@ -132,8 +132,8 @@ def _sizes(record: Mapping[str, Any], bytes_each: int) -> list[tuple[str, str, s
     )
     gone = plan["removed_layers"]
     kept = len(plan["blocks"])
-    whole_blocks = ", ".join(map(str, gone)) or "none"
-    rows.append(("blocks", str(kept + len(gone)), str(kept), whole_blocks))
+    which = f"{len(gone)} ({', '.join(map(str, gone))})" if gone else "0"
+    rows.append(("blocks", str(kept + len(gone)), str(kept), which))
     return rows
 
 
@@ -161,6 +161,15 @@ def _layout_cost(record: Mapping[str, Any]) -> str:
         f"One width for all blocks costs {rise:.1%} of perplexity against own widths, on "
         "calibration windows kept out of the statistics."
     )
+
+
+def _said(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe without what was left open."""
+    return {
+        key: _said(value) if isinstance(value, Mapping) else value
+        for key, value in recipe.items()
+        if value is not None
+    }
 
 
 # ---- block by block ------------------------------------------------------------------------------
@@ -219,12 +228,12 @@ def _importance_chart(blocks: Sequence[Mapping[str, Any]]) -> str:
     if not points:
         return ""
     return line_chart(
-        [Series("importance", points, 2)], x_title="block", y_title="importance", log=True,
-        height=220,
+        [Series("importance", points)], x_title="block", y_title="importance", log=True,
+        places=len(blocks), height=220,
     )  # fmt: skip
 
 
-def _errors(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _errors(blocks: Sequence[Mapping[str, Any]], places: int) -> dict[str, Any]:
     """Relative squared error of each cut linear layer, where the method says it."""
     found: dict[str, list[Point]] = {}
     for block in blocks:
@@ -235,7 +244,10 @@ def _errors(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     series = [Series(name, points, number) for number, (name, points) in enumerate(found.items())]
     if not series:
         return {"svg": "", "series": []}
-    svg = line_chart(series, x_title="block", y_title="error of the layer's output, %", y_zero=True)
+    svg = line_chart(
+        series, x_title="block", y_title="error of the layer's output, %", y_zero=True,
+        places=places, height=220,
+    )  # fmt: skip
     return {
         "svg": svg,
         "series": [{"label": one.label, "key": key(one.number)} for one in series],
@@ -254,11 +266,11 @@ def _trials_chart(trials: Sequence[Mapping[str, float]]) -> str:
         for trial in trials
     ]
     return line_chart(
-        [Series("perplexity", points, 5)],
+        [Series("perplexity", points)],
         x_title="whole blocks removed",
         y_title="perplexity on held-out windows",
+        places=len(points),
         height=220,
-        whole=True,
     )
 
 

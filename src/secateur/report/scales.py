@@ -31,12 +31,12 @@ class Scale:
         return round(self.start + (value - low) / (high - low) * (self.end - self.start), 1)
 
     def texts(self) -> list[tuple[float, str]]:
-        """Place and text of every tick, with as many digits as tell them apart."""
-        digits = 0
-        while digits < 6 and len({f"{t:.{digits}f}" for t in self.ticks}) < len(self.ticks):
-            digits += 1
+        """Place and text of every tick, with as many digits as say it in full."""
         if self.log:  # of 0.02, 0.1, 1 each with its own digits
-            return [(self.at(t), f"{t:,.10f}".rstrip("0").rstrip(".")) for t in self.ticks]
+            return [(self.at(t), f"{t:,.12f}".rstrip("0").rstrip(".")) for t in self.ticks]
+        digits = 0
+        while digits < 12 and any(float(f"{t:.{digits}f}") != t for t in self.ticks):
+            digits += 1
         return [(self.at(t), f"{t:,.{digits}f}") for t in self.ticks]
 
 
@@ -54,7 +54,7 @@ def linear(values: Sequence[float], start: float, end: float, *, zero: bool = Fa
     step = _round_step((high - low) / 4)
     # A twentieth of a step may stick out: 30.06 needs no axis up to 40.
     first, last = math.floor(low / step + 0.05), math.ceil(high / step - 0.05)
-    ticks = tuple(round(i * step, 10) for i in range(first, last + 1))
+    ticks = tuple(round(i * step, 12) for i in range(first, last + 1))
     return Scale(ticks[0], ticks[-1], start, end, ticks)
 
 
@@ -78,6 +78,7 @@ def logarithmic(values: Sequence[float], start: float, end: float) -> Scale:
         ticks = tuple(t for t in plain.ticks if low <= t <= high)
     if len(ticks) > 7:
         ticks = tuple(t for t in ticks if f"{t:e}".startswith("1"))
+        ticks = ticks[:: math.ceil(len(ticks) / 7)]
     return Scale(low, high, start, end, ticks, log=True)
 
 
