@@ -18,6 +18,7 @@ from commands import secateur
 from secateur.comparison import compare, run
 from secateur.comparison.cells import make_cells
 from secateur.comparison.folder import Folder, differences
+from secateur.comparison.table import Row
 from secateur.errors import OutputError, RecipeError, SourceError
 
 DENSE = {"builtin": 20.0, "wikitext2": 30.0}
@@ -343,6 +344,16 @@ def test_the_exit_code_tells_of_failed_cells(stand_in: type[StandIn], tmp_path: 
     assert ended.code == 1
     assert "comp, 20% of all: failed: no room" in ended.out.splitlines()
     assert ended.err[-1] == "[2/2] comp, 20% of all  seed 0  failed: no room"
+
+
+def test_seeds_that_fail_alike_share_a_remark() -> None:
+    row = Row("a", "9%", (3,), failed={0: "no room", 1: "broken", 2: "no room"}, waiting=(4, 5))
+    assert row.remarks() == [
+        "seeds 0, 2 failed: no room",
+        "seed 1 failed: broken",
+        "seeds 4, 5 not run yet",
+    ]
+    assert Row("a", "9%", failed={0: "no room", 1: "no room"}).remarks() == ["failed: no room"]
 
 
 # ---- going on ------------------------------------------------------------------------------------

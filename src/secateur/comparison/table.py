@@ -50,10 +50,14 @@ class Spread:
     def of(cls, values: Sequence[float]) -> Spread:
         return cls(median(values), min(values), max(values))
 
-    def text(self, column: Column) -> str:
-        """``50.20``, and where seeds differ in what is shown ``50.20 (49.81–51.02)``."""
+    def texts(self, column: Column) -> tuple[str, str]:
+        """``50.20`` and ``(49.81–51.02)``; the latter empty where seeds show no difference."""
         middle, low, high = (column.text(v) for v in (self.median, self.low, self.high))
-        return middle if low == high else f"{middle} ({low}–{high})"
+        return middle, "" if low == high else f"({low}–{high})"
+
+    def text(self, column: Column) -> str:
+        """``50.20``, or ``50.20 (49.81–51.02)``."""
+        return " ".join(self.texts(column)).rstrip()
 
 
 @dataclass(frozen=True)
@@ -85,15 +89,18 @@ class Row:
 
     def remarks(self) -> list[str]:
         """What the numbers do not say, by seed where there are several."""
-        several = len(self.seeds) + len(self.failed) + len(self.waiting) > 1
-        found = [
-            f"seed {seed} failed: {why}" if several else f"failed: {why}"
-            for seed, why in self.failed.items()
-        ]
-        if self.waiting:
-            those = ", ".join(map(str, self.waiting))
-            found.append(f"seed {those} not run yet" if several else "not run yet")
-        return found
+        count = len(self.seeds) + len(self.failed) + len(self.waiting)
+
+        def of(seeds: Sequence[int], text: str) -> str:
+            if len(seeds) == count:
+                return text
+            return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))} {text}"
+
+        reasons: dict[str, list[int]] = {}
+        for seed, why in self.failed.items():
+            reasons.setdefault(why, []).append(seed)
+        found = [of(seeds, f"failed: {why}") for why, seeds in reasons.items()]
+        return [*found, of(self.waiting, "not run yet")] if self.waiting else found
 
 
 @dataclass(frozen=True)

@@ -34,20 +34,29 @@ def comparison_page(table: Table) -> str:
         "comparison.html",
         name=table.settings["source"]["name"],
         lead=_lead(table, labels),
-        unfinished=f"Unfinished: {waiting} cells have not been run yet." if waiting else "",
+        waiting=waiting,
         columns=table.columns,
         rows=[
             {
                 "label": row.label,
                 "asked": row.asked,
-                "texts": row.texts(table.columns),
+                "numbers": [
+                    row.values[c.key].texts(c) if c.key in row.values else ("", "")
+                    for c in table.columns
+                ]
+                if row.values
+                else [],
                 "remarks": row.remarks(),
+                "failed": bool(row.failed),
                 "begins": before is None or before.asked != row.asked,
             }
             for before, row in zip([None, *table.rows], table.rows, strict=False)
         ],
         remarks=[
-            f"{row.label}, {row.asked}: {remark}" for row in measured for remark in row.remarks()
+            f"{row.label}, {row.asked}: {remark}"
+            for row in measured
+            if row.failed
+            for remark in row.remarks()
         ],
         series=[{"label": label, "key": key(number)} for number, label in enumerate(labels)],
         quality=_quality(table, measured, labels) if measured else [],
