@@ -137,8 +137,8 @@ def test_the_parser_above_sees_mistakes() -> None:
         parse(["graft", "model"])
     with pytest.raises(RecipeError, match="exactly one"):
         check_recipe(parse(shlex.split("plan model"))[1])
+    words = "compare model --methods comp,graft --remove 9% --out out"
     with pytest.raises(RecipeError, match="method graft is not known"):
-        words = "compare model --methods comp,graft --remove 9% --out out"
         check_cells(parse(shlex.split(words))[1])
 
 

@@ -20,7 +20,7 @@ WIDTH = 440
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 24, 42
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 #: Pixels that a character takes on the whole, at the size of labels.
-CHARACTER = 7.3
+CHARACTER = 7.8
 
 
 @dataclass(frozen=True)
