@@ -124,16 +124,22 @@ def test_perplexities_stand_on_it_where_they_are_known(made: PruneResult) -> Non
         (made.out / "report.html").write_text(before)
 
 
-def test_a_method_without_notes_and_importances_has_a_page(made: PruneResult) -> None:
+def test_a_method_with_other_notes_and_no_importances_has_a_page(made: PruneResult) -> None:
     """Other methods leave out what they do not know."""
     assert made.facts is not None
     record = json.loads((made.out / "secateur.json").read_text())
-    for block in record["plan"]["blocks"]:
-        block.pop("notes", None)
     record["layer_stage"]["importances"] = {}
-    page = check_alone(pruning_page(record, made.facts))
-    assert "Squared error" not in page.source
-    assert "What a block changes" not in page.source
+    record["layer_stage"]["trials"] = [
+        {"layers": 0, "held_out_loss": 1e4},
+        {"layers": 1, "held_out_loss": float("nan")},
+    ]
+    for notes in ({}, {"error": 0.5}, {"error": {"mlp.down_proj": float("nan"), "other": "x"}}):
+        for block in record["plan"]["blocks"]:
+            block["notes"] = notes
+        page = check_alone(pruning_page(record, made.facts))
+        assert "Squared error" not in page.source
+        assert "What a block changes" not in page.source
+        assert "held-out" not in page.source
 
 
 # ---- scales and pictures -------------------------------------------------------------------------

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from secateur.outputs.verify import Verification
 
 PAGE = "report.html"
+#: A loss in nats above this is no perplexity that a float can hold.
+MOST_LOSS = 700.0
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def pruning_page(record: Mapping[str, Any], facts: RunFacts) -> str:
         protocol=facts.protocol,
         verification=facts.verification.text() if facts.verification else "",
         shares=_shares_chart(blocks),
+        whole=bool(plan["removed_layers"]),
         importances=_importance_chart(blocks),
         errors=errors["svg"],
         error_series=errors["series"],
@@ -205,8 +208,23 @@ def _left(shapes: Mapping[str, Sequence[int]]) -> str:
 
 
 def _error_text(block: Mapping[str, Any]) -> str:
-    errors = block.get("notes", {}).get("error", {})
+    errors = _layer_errors(block)
     return ", ".join(f"{name.rsplit('.', 1)[-1]} {100 * v:.2f}" for name, v in errors.items())
+
+
+def _layer_errors(block: Mapping[str, Any]) -> dict[str, float]:
+    """The errors of a block's linear layers, where its method notes them so.
+
+    Notes are each method's own, and a finished run must not fail at its page.
+    """
+    found = block.get("notes", {}).get("error")
+    if not isinstance(found, Mapping):
+        return {}
+    return {
+        name: value
+        for name, value in found.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
 
 
 def _shares_chart(blocks: Sequence[Mapping[str, Any]]) -> str:
@@ -237,10 +255,9 @@ def _errors(blocks: Sequence[Mapping[str, Any]], places: int) -> dict[str, Any]:
     """Relative squared error of each cut linear layer, where the method says it."""
     found: dict[str, list[Point]] = {}
     for block in blocks:
-        for name, value in block.get("notes", {}).get("error", {}).items():
-            if math.isfinite(value):
-                note = f"block {block['source']}, {100 * value:.2f}%"
-                found.setdefault(name, []).append(Point(block["source"], 100 * value, note=note))
+        for name, value in _layer_errors(block).items():
+            note = f"block {block['source']}, {100 * value:.2f}%"
+            found.setdefault(name, []).append(Point(block["source"], 100 * value, note=note))
     series = [Series(name, points, number) for number, (name, points) in enumerate(found.items())]
     if not series:
         return {"svg": "", "series": []}
@@ -255,7 +272,7 @@ def _errors(blocks: Sequence[Mapping[str, Any]], places: int) -> dict[str, Any]:
 
 
 def _trials_chart(trials: Sequence[Mapping[str, float]]) -> str:
-    if len(trials) < 2:
+    if len(trials) < 2 or not all(trial["held_out_loss"] < MOST_LOSS for trial in trials):
         return ""
     points = [
         Point(
