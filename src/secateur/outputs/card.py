@@ -81,6 +81,7 @@ The recipe, with which the same command gives the same bytes:
 ```
 
 `secateur.json` holds sizes block by block, versions, and the hash of the calibration tokens;
-`secateur_plan.safetensors` holds the kept indices{too} and the scales. The licence is that of the
-original model.
+`secateur_plan.safetensors` holds the kept indices{too} and the scales. `report.html` shows it all
+in pictures, with the time and memory of one run: it is the one file that is not the same each
+time. The licence is that of the original model.
 """
