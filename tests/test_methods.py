@@ -122,7 +122,7 @@ def test_killed_and_gone_on_with(case: str, forked: Any, tmp_path: Path) -> None
     """After every line of the journal, and in the middle of the one before the first block."""
     status, moments = forked(case, tmp_path / "whole")
     assert status == 0
-    wanted = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
+    wanted = bytes_of(tmp_path / "whole")
     lines = [i for i, name in enumerate(moments) if name.startswith("after line")]
     first = moments.index("before line block")
     for at in [*lines, first - 1, first + 1]:
@@ -130,7 +130,7 @@ def test_killed_and_gone_on_with(case: str, forked: Any, tmp_path: Path) -> None
         assert forked(case, out, at)[0] == KILLED
         status, again = forked(case, out)
         assert status == 0
-        assert {p.name: p.read_bytes() for p in out.iterdir()} == wanted
+        assert bytes_of(out) == wanted
         for kind in (
             "layers",
             "removed",

@@ -271,24 +271,34 @@ def _errors(blocks: Sequence[Mapping[str, Any]], places: int) -> dict[str, Any]:
     }
 
 
-def _trials_chart(trials: Sequence[Mapping[str, float]]) -> str:
-    if len(trials) < 2 or not all(trial["held_out_loss"] < MOST_LOSS for trial in trials):
-        return ""
+def _trials_chart(trials: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """Perplexity by number of removed blocks: a choice among numbers, or one greedy way down."""
+    held_out = all("held_out_loss" in trial for trial in trials)
+    losses = [trial["held_out_loss" if held_out else "loss"] for trial in trials]
+    if len(trials) < 2 or not all(loss < MOST_LOSS for loss in losses):
+        return {}
     points = [
         Point(
             trial["layers"],
-            math.exp(trial["held_out_loss"]),
-            note=f"{trial['layers']:.0f} blocks removed, {math.exp(trial['held_out_loss']):.2f}",
+            math.exp(loss),
+            note=f"{trial['layers']:.0f} blocks removed, {math.exp(loss):.2f}",
         )
-        for trial in trials
+        for trial, loss in zip(trials, losses, strict=True)
     ]
-    return line_chart(
+    svg = line_chart(
         [Series("perplexity", points)],
         x_title="whole blocks removed",
-        y_title="perplexity on held-out windows",
+        y_title=f"perplexity on {'held-out' if held_out else 'calibration'} windows",
         places=len(points),
         height=220,
     )
+    caption = (
+        "How the number of whole blocks was chosen: the same share removed each time, judged on "
+        "windows kept out of the statistics."
+        if held_out
+        else "What the removal of each further block did, on the calibration windows."
+    )
+    return {"svg": svg, "caption": caption}
 
 
 # ---- what it took --------------------------------------------------------------------------------
