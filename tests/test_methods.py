@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from folders import bytes_of
 from test_kill import KILLED, SERVER
 from test_outputs import logits_of, modules_cache, random_tokens, reopen
 from test_pipeline import same_plans
