@@ -1,4 +1,4 @@
-"""Perplexity of COMP's variants on one model, in one run, on the same tokens.
+"""Perplexity of methods and their variants on one model, in one run, on the same tokens.
 
     python bench/ablation.py SOURCE --data-dir DIR --out results.jsonl [--cells cells.yaml]
 

@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from folders import bytes_of
 from safetensors.torch import load_file, save_file
 from test_checkpoint import resave, safetensors_bytes, split_safetensors, write_gguf
 
@@ -1078,10 +1079,6 @@ def at_second_block(happens: Callable[[], Any]) -> Iterator[None]:
         yield
 
 
-def tree(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.mark.usefixtures("no_verification")
 class TestInterrupted:
     """A run that ended in the middle, and what may follow it."""
@@ -1106,7 +1103,7 @@ class TestInterrupted:
         assert "continuing: 1 of 4 blocks are finished" in ended.err
         assert not interrupted.exists()
         assert run("prune", llama, "--out", tmp_path / "at once", *SMALL).code == 0
-        assert tree(out) == tree(tmp_path / "at once")
+        assert bytes_of(out) == bytes_of(tmp_path / "at once")
 
     @pytest.mark.parametrize(
         ("changed", "what"),
@@ -1120,13 +1117,13 @@ class TestInterrupted:
         self, run: Run, llama: Path, out: Path, interrupted: Path,
         changed: tuple[str, ...], what: str,
     ) -> None:  # fmt: skip
-        before = tree(interrupted / "model")
+        before = bytes_of(interrupted / "model")
         run("prune", llama, "--out", out, *SMALL, *changed).refused(
             f"{interrupted} holds unfinished work of another run (different: {what}): repeat that "
             f"command, choose another --out, or remove the folder with rm -r {interrupted}",
             before_start=False,
         )
-        assert tree(interrupted / "model") == before
+        assert bytes_of(interrupted / "model") == before
 
     def test_another_model_is_refused(
         self, run: Run, folder: Path, out: Path, interrupted: Path

@@ -13,7 +13,8 @@ from typer.exceptions import TyperException
 from typer.main import get_command
 
 from secateur import cli
-from secateur.cli.options import recipe_of
+from secateur.cli.options import recipe_fields, recipe_of
+from secateur.comparison.cells import make_cells
 from secateur.errors import RecipeError
 from secateur.methods import get_method
 from secateur.recipe import load_recipe, make_recipe
@@ -84,6 +85,8 @@ def test_shell_blocks_can_be_typed(page: Path) -> None:
             name, given = parse(words[1:])
             if name in ("prune", "plan"):
                 check_recipe(given)
+            if name == "compare":
+                check_cells(given)
 
 
 def check_recipe(given: dict[str, Any]) -> None:
@@ -102,6 +105,24 @@ def check_recipe(given: dict[str, Any]) -> None:
     get_method(recipe.method, recipe.options)
 
 
+def check_cells(given: dict[str, Any]) -> None:
+    """The options together make cells, and the methods take their settings."""
+    names = ("calibration", "samples", "length", "structure", "layout", "round_to", "dtype", "of")
+    recipes = [ROOT / file for file in listed(given["recipes"])]
+    if not all(file.exists() for file in recipes):
+        return  # files that the reader makes
+    fields = recipe_fields(
+        given["layers"], given["settings"], **{name: given[name] for name in names}
+    )
+    assert make_cells(
+        methods=listed(given["methods"]), recipes=recipes, remove=listed(given["remove"]), **fields
+    )
+
+
+def listed(text: str | None) -> list[str]:
+    return text.split(",") if text else []
+
+
 def test_the_parser_above_sees_mistakes() -> None:
     parse(shlex.split("prune model --out out --remove 20%"))
     for wrong, text in (
@@ -116,6 +137,9 @@ def test_the_parser_above_sees_mistakes() -> None:
         parse(["graft", "model"])
     with pytest.raises(RecipeError, match="exactly one"):
         check_recipe(parse(shlex.split("plan model"))[1])
+    words = "compare model --methods comp,graft --remove 9% --out out"
+    with pytest.raises(RecipeError, match="method graft is not known"):
+        check_cells(parse(shlex.split(words))[1])
 
 
 QUICK = [words for words in SHELL if program(words) == "secateur" and len(words) > 1]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from folders import bytes_of
 
 #: Forks runs of ``prune``. Reads one JSON request a line, answers with one JSON line.
 SERVER = """
@@ -180,10 +181,6 @@ def unbroken(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     assert answer.error is None
     assert [p.name for p in out.parent.iterdir()] == ["out"]
     return Reference(bytes_of(out), answer.moments)
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
 def finish(run: Run, out: Path, unbroken: Reference) -> Answer:

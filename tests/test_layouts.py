@@ -18,6 +18,7 @@ import tiny
 import torch
 import yaml
 from commands import secateur
+from folders import bytes_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -79,10 +80,6 @@ def recipe(remove: str = "30%", options: Mapping[str, Any] | None = None, **fiel
             **fields,
         }
     )
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
 # ---- whole units -----------------------------------------------------------------------------

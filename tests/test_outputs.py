@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from folders import bytes_of
 from safetensors.torch import load_file, save_file
 
 import secateur
@@ -147,10 +148,6 @@ def planned_logits(
 def random_tokens(windows: int, length: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, tiny.VOCABULARY, (windows, length), generator=generator)
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
 # ---- the round trip --------------------------------------------------------------------------

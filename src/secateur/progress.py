@@ -63,10 +63,12 @@ class Progress:
 
     Attributes:
         seconds: time spent in each stage.
+        memory: tells how many bytes the process at work takes; this one, unless another does it.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.memory: Callable[[], int] = process_memory
         self._stage = ""
         self._total = 0
         self._done = 0
@@ -103,7 +105,7 @@ class Progress:
         parts = [f"{self._stage} {self._done}/{self._total}", f"{spent:.0f} s"]
         if 0 < self._done < self._total:
             parts.append(f"{spent / self._done * (self._total - self._done):.0f} s left")
-        parts.append(f"{process_memory() / 2**20:.0f} MiB")
+        parts.append(f"{self.memory() / 2**20:.0f} MiB")
         if detail:
             parts.append(detail)
         return "  ".join(parts)

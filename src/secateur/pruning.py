@@ -29,14 +29,19 @@ from secateur.pipeline import PlanResult, Run
 from secateur.plans import BlockCut, Plan, Tensors
 from secateur.progress import PeakMemory, Progress
 from secateur.recipe import Recipe
+from secateur.report.pruning import RunFacts, write_pruning_page
 from secateur.streaming import Stream
 
 
 @dataclass(frozen=True)
 class PruneResult(PlanResult):
-    """A written model: where it is, what the fresh process said, and notes for the user."""
+    """A written model: where it is, what the fresh process said, and notes for the user.
+
+    ``facts`` are what the folder's page says of this run; a GGUF file has no page.
+    """
 
     out: Path = field(default=Path())
+    facts: RunFacts | None = None
     verification: Verification | None = None
     gguf_verification: GgufVerification | None = None
     notes: list[str] = field(default_factory=list)
@@ -93,6 +98,7 @@ def prune(
             target=target,
         )
         journal = Journal(place, run.identity())
+        continued = len(journal.entries) > 1
         try:
             if finished:
                 check_output_of(place, journal)
@@ -100,9 +106,23 @@ def prune(
             verification = _verified(run, journal, plan) if verify else None
             notes: list[str] = []
             ran: GgufVerification | None = None
+            facts: RunFacts | None = None
             if target.kind == "gguf":
                 notes, ran = _export(run, journal, verify=verify)
             else:
+                facts = RunFacts(
+                    source=run.checkpoint.source,
+                    out=place.name,
+                    stock=hf.stock_keys(run.checkpoint, plan) is not None,
+                    bytes_each=run.dtype.itemsize,
+                    seconds=dict(progress.seconds),
+                    peak_memory=memory.peak,
+                    estimate=run.estimate,
+                    verification=verification,
+                    continued=continued,
+                )
+                if journal.model.is_dir():  # else it has moved, and its page with it
+                    write_pruning_page(journal.model, facts)
                 journal.finish()
             _find_weights(plan, place if target.kind == "hf" else None)
         except SecateurError:
@@ -113,6 +133,7 @@ def prune(
     return PruneResult(
         **run.result_fields(plan, choice, cost, memory.peak),
         out=place,
+        facts=facts,
         verification=verification,
         gguf_verification=ran,
         notes=notes,

@@ -1,22 +1,30 @@
 """A process that answers questions: what may crash, or must have its memory measured, runs there.
 
 Questions and answers are JSON objects, one a line. The asking side is :class:`Worker`, the other
-end is :func:`serve`.
+end is :func:`serve`. The process ends with the one that asks, even if that one is killed.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from secateur import errors
 from secateur.errors import OutputError, SecateurError
+
+#: Environment variable with the asking process's number.
+ASKING = "SECATEUR_ASKING"
+#: Seconds between two looks at whether that process is still there.
+LOOK_EVERY = 0.2
 
 
 class Worker:
@@ -39,7 +47,12 @@ class Worker:
             stderr=self._stderr,
             text=True,
             # Without the variable ggml calls a debugger when it aborts, which takes seconds.
-            env={**environment, **os.environ, "GGML_NO_BACKTRACE": "1"},
+            env={
+                **environment,
+                **os.environ,
+                "GGML_NO_BACKTRACE": "1",
+                ASKING: str(os.getpid()),
+            },
         )
 
     def __enter__(self) -> Worker:
@@ -50,8 +63,11 @@ class Worker:
         self._process.communicate()
         self._stderr.close()
 
-    def ask(self, task: str, **arguments: Any) -> Any:
+    def ask(self, task: str, told: Callable[[Any], None] | None = None, **arguments: Any) -> Any:
         """The answer to one task.
+
+        Args:
+            told: called with what the process tells before it answers.
 
         Raises:
             SecateurError: the one that the process sent instead.
@@ -62,15 +78,23 @@ class Worker:
         try:
             self._process.stdin.write(json.dumps({"task": task, **arguments}) + "\n")
             self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line.endswith("\n"):
-            raise OutputError(self._last_words())
-        answer = json.loads(line)
+            answer = self._answer()
+            while "told" in answer:
+                if told is not None:
+                    told(answer["told"])
+                answer = self._answer()
+        except BrokenPipeError as error:
+            raise OutputError(self._last_words()) from error
         if "error" in answer:
             raise getattr(errors, answer["kind"])(answer["error"])
         return answer["value"]
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line.endswith("\n"):
+            raise BrokenPipeError
+        return json.loads(line)
 
     def _last_words(self) -> str:
         code = self._process.wait()
@@ -85,13 +109,32 @@ class Worker:
 
 
 def serve(tasks: Mapping[str, Callable[..., Any]]) -> None:
-    """The other end of :class:`Worker`: answer tasks by these functions until there are no more."""
+    """The other end of :class:`Worker`: answer tasks by these functions until there are no more.
+
+    A function that takes ``tell`` is given one, with which it can say things before it answers.
+    """
+    if asking := os.environ.get(ASKING):
+        threading.Thread(target=_end_with, args=(int(asking),), daemon=True).start()
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)  # what a library prints goes where it does no harm
+
+        def say(what: Any) -> None:
+            print(json.dumps(what), file=answers, flush=True)
+
         for line in iter(sys.stdin.readline, ""):
             asked = json.loads(line)
+            task = tasks[asked.pop("task")]
+            if "tell" in inspect.signature(task).parameters:
+                asked["tell"] = lambda what: say({"told": what})
             try:
-                answer = {"value": tasks[asked.pop("task")](**asked)}
+                answer = {"value": task(**asked)}
             except SecateurError as error:
                 answer = {"error": str(error), "kind": type(error).__name__}
-            print(json.dumps(answer), file=answers, flush=True)
+            say(answer)
+
+
+def _end_with(asking: int) -> None:
+    """End this process when the one that asks has ended: a killed one cannot do so itself."""
+    while os.getppid() == asking:
+        time.sleep(LOOK_EVERY)
+    os._exit(1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from secateur.cli import look, outputs, prune
+from secateur.cli import comparing, look, outputs, prune
 from secateur.errors import INTERRUPTED, one_line
 
 app = typer.Typer(
@@ -40,6 +40,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "plan": prune.plan,
     "inspect": look.inspect,
     "eval": look.evaluate,
+    "compare": comparing.compare,
     "export": outputs.export,
     "verify": outputs.verify,
     "bench": outputs.bench,

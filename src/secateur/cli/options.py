@@ -68,10 +68,17 @@ def recipe_of(
     file: Path | None, layers: str | None, settings: list[str] | None, **fields: Any
 ) -> Recipe:
     """A recipe from a file and options; options that were not given are left out."""
+    from secateur.recipe import load_recipe, make_recipe
+
+    given = recipe_fields(layers, settings, **fields)
+    return make_recipe(**given) if file is None else load_recipe(file, **given)
+
+
+def recipe_fields(layers: str | None, settings: list[str] | None, **fields: Any) -> dict[str, Any]:
+    """The recipe's fields that options give; options that were not given are left out."""
     import yaml
 
     from secateur.errors import RecipeError
-    from secateur.recipe import load_recipe, make_recipe
 
     options: dict[str, Any] = {}
     for setting in settings or []:
@@ -93,6 +100,4 @@ def recipe_of(
         if fields.get(key) is not None
     }  # fmt: skip
     given = {key: value for key, value in fields.items() if value is not None}
-    if file is not None:
-        return load_recipe(file, **given, calibration=calibration, options=options)
-    return make_recipe(**given, calibration=calibration, options=options)
+    return {**given, "calibration": calibration, "options": options}

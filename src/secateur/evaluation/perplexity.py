@@ -67,17 +67,41 @@ def evaluate(
     else:
         checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
     stream = Stream(checkpoint, check_device(device))
+    found = evaluation_windows(
+        checkpoint,
+        text=text,
+        length=length,
+        windows=windows,
+        text_field=text_field,
+        data_dir=data_dir,
+    )
+    value = perplexity_of(stream, found, progress or Progress())
+    count, size = found.tokens.shape
+    return Perplexity(value, found.origin, count, size, found.sha256)
+
+
+def evaluation_windows(
+    checkpoint: Checkpoint,
+    *,
+    text: str,
+    length: int,
+    windows: int | None,
+    text_field: str = "text",
+    data_dir: str | Path | None = None,
+) -> Windows:
+    """The tokens that :func:`evaluate` takes the perplexity over; arguments as there.
+
+    Raises:
+        SecateurError: no such text, or a tokenizer of another model.
+    """
     check_vocabulary(checkpoint.tokenizer, int(checkpoint.config.vocab_size))
     longest = getattr(checkpoint.config, "max_position_embeddings", None) or length
-    found = consecutive_windows(
+    return consecutive_windows(
         load_text(text, use="evaluation", text_field=text_field, data_dir=data_dir),
         checkpoint.tokenizer,
         length=min(length, longest),
         most=windows,
     )
-    value = perplexity_of(stream, found, progress or Progress())
-    count, size = found.tokens.shape
-    return Perplexity(value, found.origin, count, size, found.sha256)
 
 
 def perplexity_of(stream: Stream, windows: Windows, progress: Progress) -> float:

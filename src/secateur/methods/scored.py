@@ -42,6 +42,10 @@ class ScoredOptions(BaseModel):
 class Scored(Units):
     """See the module."""
 
+    ranking = None
+    #: What the option ``shares`` is called where every block loses the same share.
+    same_shares = "uniform"
+
     @abstractmethod
     def scores(self, block: Block) -> Scores:
         """Of every unit that may go; the lowest go first."""
@@ -59,10 +63,6 @@ class Scored(Units):
                 f"{self.same_shares}"
             )
         super().check(anatomy)
-
-    #: What the option ``shares`` is called where every block loses the same share.
-    same_shares = "uniform"
-    ranking = None
 
     @property
     def carries(self) -> bool:

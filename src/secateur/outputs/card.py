@@ -46,6 +46,7 @@ def model_card(plan: Plan, record: dict[str, Any], *, source: str, stock: bool) 
             f" One width for all blocks costs {rise:.1%} of perplexity against own widths, "
             "on calibration windows kept out of the statistics."
         )
+    too = ", the new biases" if any(cut.biases for cut in plan.blocks) else ""
     recipe = yaml.safe_dump(record["recipe"], sort_keys=True, allow_unicode=True).rstrip()
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).rstrip()}
@@ -80,6 +81,7 @@ The recipe, with which the same command gives the same bytes:
 ```
 
 `secateur.json` holds sizes block by block, versions, and the hash of the calibration tokens;
-`secateur_plan.safetensors` holds the kept indices and the scales. The licence is that of the
-original model.
+`secateur_plan.safetensors` holds the kept indices{too} and the scales. `report.html` shows it all
+in pictures, with the time and memory of one run: it is the one file that is not the same each
+time. The licence is that of the original model.
 """
