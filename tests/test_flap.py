@@ -18,8 +18,8 @@ from test_scored import LLAMA, OPT, blocks_of, inputs_of, kept_units, neuron_of,
 import secateur as library
 from secateur.anatomy import describe
 from secateur.checkpoint import open_checkpoint
-from secateur.engine import masked_hidden
 from secateur.errors import PlanError
+from secateur.masking import masked_hidden
 from secateur.outputs import llama_cpp
 from secateur.pipeline import make_plan
 from secateur.plans import BlockCut, Plan, block_removed

@@ -22,10 +22,10 @@ from test_llama_cpp import needs_llama_cpp, write_gguf
 
 from secateur.anatomy import Anatomy
 from secateur.checkpoint import open_checkpoint
-from secateur.engine import masked_hidden
 from secateur.errors import OutputError, SecateurError, SourceError
 from secateur.evaluation import load_whole
 from secateur.exporting import export as export_command
+from secateur.masking import masked_hidden
 from secateur.outputs import gguf, hf, llama_cpp
 from secateur.plans import BlockCut, Plan, Widths, group_inputs, live_rows
 from secateur.pruning import prune

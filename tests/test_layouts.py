@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 
 from secateur.anatomy import Anatomy, describe
 from secateur.checkpoint import open_checkpoint
-from secateur.engine import masked_hidden
 from secateur.errors import OutputError, RecipeError
 from secateur.forms import Form, Target, resolve
+from secateur.masking import masked_hidden
 from secateur.methods import Block, get_method
 from secateur.pipeline import make_plan
 from secateur.plans import BlockCut, Plan

@@ -19,7 +19,7 @@ from test_outputs import logits_of, modules_cache, random_tokens, reopen
 from test_pipeline import same_plans
 
 from secateur.checkpoint import open_checkpoint
-from secateur.engine import masked_hidden
+from secateur.masking import masked_hidden
 from secateur.methods import method_names
 from secateur.pipeline import make_plan
 from secateur.pruning import prune

@@ -22,9 +22,9 @@ import secateur
 from secateur.calibration import consecutive_windows, load_text
 from secateur.checkpoint import open_checkpoint
 from secateur.checkpoint.safetensors_folder import read_header
-from secateur.engine import masked_hidden
 from secateur.errors import RecipeError, VerifyError
 from secateur.evaluation import load_whole
+from secateur.masking import masked_hidden
 from secateur.modules import MODELING_FILE, SlicedLinear
 from secateur.outputs.hf import INDEX
 from secateur.outputs.verify import verify_folder

@@ -17,8 +17,9 @@ import torch
 
 from secateur.errors import RecipeError, SourceError
 from secateur.layers import LayerChoice, Round, by_influence, by_loss, search_work
+from secateur.masking import masked, state_of
 from secateur.methods import Block, Method, Share, Shares
-from secateur.plans import BlockCut, Plan, Tensors, block_removed, check_cut, mask_block
+from secateur.plans import BlockCut, Plan, Tensors, block_removed, check_cut
 from secateur.progress import Progress
 from secateur.resampling import Resampler
 from secateur.statistics import Channels, Moments, gather
@@ -230,8 +231,6 @@ class Engine:
         """
         done = done or {}
         plan = Plan(self.stream.anatomy, [])
-        name = "cutting blocks" if probe is None else "trial cut"
-        self.progress.stage(name, len(layers))
         probed = self.stream.embed(probe) if probe is not None else None
         open_ = [layer for layer in layers if layer not in done]
         # Behind these, nothing needs what blocks put out, or nothing needs the blocks at all.
@@ -239,6 +238,7 @@ class Engine:
         last_cut = max(open_, default=-1)
         windows, late = self._statistics_windows(tokens) if last_read >= 0 else (None, 0)
         hidden = self.stream.embed(windows) if windows is not None else None
+        self.progress.stage("cutting blocks" if probe is None else "trial cut", len(layers))
         missed = 0  # parameters that blocks so far should have lost and have not
         for layer in layers:
             quota = shares[layer].parameters
@@ -259,12 +259,12 @@ class Engine:
                 plan.blocks.append(cut)
                 if shares[layer].parameters:
                     missed = quota - block_removed(plan.anatomy, cut)
-                state = _state(module)
+                state = state_of(module)
                 if sink is not None and layer not in done:
                     sink(cut, state)
                 again = hidden is not None and not self.method.identical_inputs
                 if probed is not None or again:
-                    with _masked(self.stream, module, state, cut, self.dtype):
+                    with masked(self.stream, module, state, cut, self.dtype):
                         if probed is not None:
                             probed = self.stream.forward_block(layer, module, probed)
                         if again:
@@ -379,42 +379,3 @@ def _held_out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The windows for statistics, and the last three tenths for judging."""
     count = max(1, math.ceil(0.3 * len(tokens)))
     return tokens[:-count], tokens[-count:]
-
-
-def masked_hidden(
-    stream: Stream, plan: Plan, tokens: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """Hidden state behind the last block of the original model with ``plan`` as zeros and scales.
-
-    This is the other way to compute what the written model computes; the two must agree.
-    """
-    hidden = stream.embed(tokens, dtype)
-    for cut in plan.blocks:
-        with (
-            stream.block(cut.source) as module,
-            _masked(stream, module, _state(module), cut, dtype),
-        ):
-            hidden = stream.forward_block(cut.source, module, hidden)
-    return hidden
-
-
-@contextmanager
-def _masked(
-    stream: Stream, module: torch.nn.Module, state: Tensors, cut: BlockCut, dtype: torch.dtype
-) -> Iterator[None]:
-    """The block at hand with ``cut`` as zeros, scales and biases in its original shapes."""
-    lacking = [name for name in cut.biases if f"{name}.bias" not in state]
-    for name in lacking:
-        layer = module.get_submodule(name)
-        layer.bias = torch.nn.Parameter(torch.empty(len(cut.biases[name])), requires_grad=False)
-    masked = mask_block(state, cut, dtype)
-    module.load_state_dict({k: v.to(stream.device) for k, v in masked.items()}, assign=True)
-    try:
-        yield
-    finally:
-        for name in lacking:  # the next block in this place has none
-            module.get_submodule(name).register_parameter("bias", None)
-
-
-def _state(module: torch.nn.Module) -> Tensors:
-    return {name: tensor.detach().cpu() for name, tensor in module.state_dict().items()}

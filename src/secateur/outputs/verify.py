@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from secateur.calibration import encode, load_text
-from secateur.engine import masked_hidden
 from secateur.errors import VerifyError
 from secateur.estimate import BASE
+from secateur.masking import masked_hidden
 from secateur.plans import Plan
 from secateur.streaming import Stream
 

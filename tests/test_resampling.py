@@ -1,0 +1,110 @@
+"""Copies of calibration windows that the model draws itself, and what an engine does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_outputs import random_tokens
+from transformers import AutoModelForCausalLM
+
+from secateur.checkpoint import open_checkpoint
+from secateur.engine import Engine
+from secateur.forms import Form
+from secateur.methods import get_method
+from secateur.progress import Progress
+from secateur.resampling import Resampler
+from secateur.streaming import Stream
+
+Folder = Callable[[str], Path]
+
+
+def resampler(folder: Path, rate: float = 0.5, seed: int = 0) -> Resampler:
+    stream = Stream(open_checkpoint(folder))
+    return Resampler(stream, rate=rate, seed=seed, progress=Progress())
+
+
+def test_copies_are_the_same_whichever_windows_are_asked_for(model_folder: Folder) -> None:
+    folder, tokens = model_folder("llama-gqa-tied"), random_tokens(4, 10)
+    made = resampler(folder).copies(tokens, 2)
+    assert made.shape == (2, 4, 10)
+    asked_before = resampler(folder)
+    assert torch.equal(asked_before.copies(tokens, 1), made[:1])
+    assert torch.equal(asked_before.copies(tokens[:3], 2), made[:, :3])
+    assert torch.equal(resampler(folder).copies(tokens[:3], 2), made[:, :3])
+    assert not torch.equal(resampler(folder, seed=1).copies(tokens, 2), made)
+    assert asked_before.copies(tokens, 0).shape == (0, 4, 10)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_the_share_of_drawn_tokens_and_the_first_that_stays(
+    rate: float, model_folder: Folder
+) -> None:
+    tokens = random_tokens(20, 24)
+    made = resampler(model_folder("llama-gqa-tied"), rate).copies(tokens, 1)[0]
+    assert torch.equal(made[:, 0], tokens[:, 0])
+    changed = float((made[:, 1:] != tokens[:, 1:]).double().mean())
+    # A draw may fall on the old token, but a random model gives that some percent at most.
+    assert changed == pytest.approx(rate, abs=0.08)
+
+
+def test_tokens_are_drawn_from_the_models_own_odds(model_folder: Folder) -> None:
+    """Frequencies of the token behind one context, over many windows, against the whole model."""
+    folder = model_folder("llama-gqa-tied")
+    start = random_tokens(1, 3)
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        odds = model(input_ids=start).logits[0, 0].softmax(-1)
+    made = resampler(folder, rate=1.0).copies(start.repeat(3000, 1), 1)[0]
+    counts = torch.bincount(made[:, 1], minlength=len(odds)).double()
+    wanted = odds.double() * len(made)
+    # Pearson's statistic has the number of tokens as its mean, and twice that as its variance.
+    statistic = float(((counts - wanted) ** 2 / wanted).sum())
+    assert abs(statistic - len(odds)) < 5 * (2 * len(odds)) ** 0.5
+
+
+def test_what_fits_are_judged_by_has_no_copies(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The windows behind the held-out ones are originals; copies are of the others alone."""
+    stream = Stream(open_checkpoint(model_folder("llama-gqa-tied")))
+    method = get_method("obs", {"copies": 2, "layers": 0}, Form("coupled"))
+    engine = Engine(
+        stream, method, to_remove=1000, seed=3, dtype=torch.float32, progress=Progress()
+    )
+    tokens = random_tokens(10, 12)
+    windows, late = engine._statistics_windows(tokens)
+    assert late == 3
+    assert len(windows) == 7 + 2 * 7 + 3
+    assert torch.equal(windows[:7], tokens[:7])
+    assert torch.equal(windows[-3:], tokens[-3:])
+    copies = windows[7:21].reshape(2, 7, 12)
+    assert torch.equal(copies[:, :, 0], tokens[:7, 0].expand(2, 7))
+    assert not torch.equal(copies[0], tokens[:7])
+
+    apart: list[int | None] = []
+    monkeypatch.setattr(
+        "secateur.engine.gather",
+        lambda module, readers, kind, after=None: apart.append(after) or _nothing(),
+    )
+    choice = engine.choose_layers(tokens)
+    shares = engine.shares(choice, tokens)
+    with pytest.raises(KeyError):  # no statistics were gathered
+        engine.neuron_stage(choice.layers, shares, tokens)
+    assert apart == [None, None, 21 * 12]  # two exempt blocks need none
+
+
+def _nothing() -> object:
+    from contextlib import nullcontext
+
+    return nullcontext(({}, {}))
+
+
+@pytest.mark.parametrize(("windows", "length", "copies"), [(10, 128, 4), (64, 512, 0), (2, 16, 8)])
+def test_copies_by_default(windows: int, length: int, copies: int) -> None:
+    assert get_method("obs", {}, Form("coupled")).copies(windows, length) == copies
+    assert get_method("obs", {"refit": False}, Form("coupled")).copies(windows, length) == 0
+    assert get_method("obs", {"copies": 3}, Form("coupled")).copies(windows, length) == 3
+    assert get_method("comp", {}, Form("coupled")).copies(windows, length) == 0
