@@ -43,6 +43,22 @@ def refused(**fields: Any) -> str:
 # ---- fields and files ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("fields", "method"),
+    [
+        ({}, "comp"),
+        ({"method": "auto"}, "comp"),
+        ({"calibration": {"samples": 64, "length": 512}}, "obs"),
+        ({"calibration": {"samples": 8, "length": 512}, "method": "auto"}, "obs"),
+        ({"calibration": {"samples": 8, "length": 511}}, "comp"),
+        ({"calibration": {"samples": 64, "length": 512}, "structure": "inputs"}, "comp"),
+        ({"calibration": {"samples": 64, "length": 512}, "method": "flap"}, "flap"),
+    ],
+)
+def test_the_method_that_auto_is(fields: dict[str, Any], method: str) -> None:
+    assert make_recipe(remove="20%", **fields).method == method
+
+
 def test_defaults() -> None:
     recipe = make_recipe(remove="20%")
     assert (recipe.method, recipe.of, recipe.seed, recipe.dtype) == ("comp", "model", 0, "auto")

@@ -20,6 +20,10 @@ BYTE_UNITS = {
 }  # fmt: skip
 
 
+#: Calibration tokens from which fitted weights measure better than tuned scales (docs/obs.md).
+ENOUGH_TO_FIT = 4096
+
+
 class CalibrationSpec(BaseModel):
     """Which text the statistics are taken from."""
 
@@ -50,7 +54,11 @@ class Recipe(BaseModel):
     of: Literal["model", "decoder"] = Field(
         "model", description="what --remove is a share of: all parameters, or the decoder blocks"
     )
-    method: str = Field("comp", description="pruning method")
+    method: str = Field(
+        "auto",
+        description="pruning method; auto: obs where there are 4,096 tokens of calibration text or "
+        "more to fit to, else comp",
+    )
     options: dict[str, Any] = Field(
         default_factory=dict, description="settings of the method; see its page in docs/"
     )
@@ -74,6 +82,19 @@ class Recipe(BaseModel):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="type of the written weights; auto: as in the source"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _best_method(cls, fields: Any) -> Any:
+        """The method that auto stands for, so that everything downstream and on record names it."""
+        if not isinstance(fields, dict) or fields.get("method", "auto") != "auto":
+            return fields
+        tokens = 0
+        with suppress(ValidationError):  # which the field itself will raise again
+            spec = CalibrationSpec.model_validate(fields.get("calibration", {}))
+            tokens = spec.samples * spec.length
+        fits = tokens >= ENOUGH_TO_FIT and fields.get("structure") != "inputs"
+        return {**fields, "method": "obs" if fits else "comp"}
 
     @model_validator(mode="before")
     @classmethod

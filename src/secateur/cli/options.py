@@ -19,7 +19,9 @@ Remove = Annotated[
 Params = Annotated[str | None, typer.Option(help="parameters to be left: 5.4B, 100M")]
 Size = Annotated[str | None, typer.Option(help="bytes of weights to be left: 300MB, 1.5GiB")]
 Of = Annotated[str | None, typer.Option(help="--remove is a share of: model, or decoder")]
-MethodName = Annotated[str | None, typer.Option("--method", help="pruning method [comp]")]
+MethodName = Annotated[
+    str | None, typer.Option("--method", help="pruning method [auto: the best for this text]")
+]
 Layers = Annotated[
     str | None, typer.Option(help="whole blocks to remove: a number, or auto [auto]")
 ]
