@@ -212,8 +212,9 @@ def test_bars_are_as_long_as_their_values() -> None:
 
 def test_a_heat_map_has_a_cell_for_each_block_and_a_cross_for_a_removed_one() -> None:
     stripe = Stripe("comp 20%", [0.0, 0.25, None], ["none", "a quarter", "all"])
-    svg = charts.heat_map([stripe], x_title="block", title="t")
-    assert re.findall(r'fill-opacity="([\d.]+)"', svg) == ["0.0", "0.25", "1.0"]
+    svg = charts.heat_map([stripe], top=0.5, x_title="block", title="t")
+    depths = re.findall(r'class="(\w+)" fill-opacity="([\d.]+)"', svg)
+    assert depths == [("s0", "0.0"), ("s0", "0.5"), ("gone", "1.0")]
     assert svg.count('class="cross"') == 1
 
 

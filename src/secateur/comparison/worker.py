@@ -62,6 +62,7 @@ def look(
     from secateur.pipeline import versions
     from secateur.streaming import Stream
 
+    quiet()
     check_device(device)
     path = local_path(source)
     checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
@@ -121,6 +122,7 @@ class Maker:
         from secateur.pruning import prune as run
         from secateur.recipe import make_recipe
 
+        quiet()
         on_gpu = torch.device(device).type == "cuda"
         progress = Told(tell)
         began = time.perf_counter()
@@ -189,6 +191,7 @@ def evaluate(
     from secateur.errors import VerifyError
     from secateur.evaluation import evaluate as run
 
+    quiet()
     checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
     found: dict[str, float] = {}
     for text, sha256 in texts.items():
@@ -204,7 +207,6 @@ def evaluate(
 
 def main() -> None:
     """Answer tasks; see the top of this file."""
-    quiet()
     maker = Maker()
     serve(
         {

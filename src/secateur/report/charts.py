@@ -20,7 +20,7 @@ WIDTH = 440
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 24, 42
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
 #: Pixels that a character takes on the whole, at the size of labels.
-CHARACTER = 7.8
+CHARACTER = 8.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Stripe:
-    """One line of a heat map: shares from 0 to 1 by column; None where nothing is left."""
+    """One line of a heat map: shares by column, None where nothing is left; what to say of each."""
 
     label: str
     shares: Sequence[float | None]
@@ -163,7 +163,7 @@ def column_chart(
 def bar_chart(bars: Sequence[Bar], *, title: str) -> str:
     """Bars that lie, each with its label before and its value behind it."""
     longest = max(len(bar.label) for bar in bars)
-    left = min(190, ceil(longest * CHARACTER) + 10)
+    left = min(190, ceil(longest * CHARACTER) + 16)
     behind = ceil(max(len(bar.text) for bar in bars) * CHARACTER) + 8
     most = max(bar.value for bar in bars) or 1.0
     row, room = 24, WIDTH - left - behind
@@ -179,10 +179,14 @@ def bar_chart(bars: Sequence[Bar], *, title: str) -> str:
     return _svg(parts, row * len(bars) + 4, title)
 
 
-def heat_map(stripes: Sequence[Stripe], *, x_title: str, title: str) -> str:
-    """Shares as depth of colour, a line for each setting, a cross where a whole block went."""
+def heat_map(stripes: Sequence[Stripe], *, top: float, x_title: str, title: str) -> str:
+    """Shares as depth of colour, a line for each setting, a cross where a whole block went.
+
+    Args:
+        top: the share that has the full colour.
+    """
     longest = max(len(stripe.label) for stripe in stripes)
-    left = min(180, ceil(longest * CHARACTER) + 10)
+    left = min(180, ceil(longest * CHARACTER) + 16)
     count, row = len(stripes[0].shares), 20
     xs = _counted(count, left)
     wide = xs.at(1) - xs.at(0)
@@ -195,10 +199,11 @@ def heat_map(stripes: Sequence[Stripe], *, x_title: str, title: str) -> str:
         for block, (share, note) in enumerate(zip(stripe.shares, stripe.notes, strict=True)):
             x = xs.at(block) - wide / 2
             gone = share is None
-            depth = 1.0 if share is None else round(share, 3)
+            depth = 1.0 if share is None else round(share / top, 3)
+            color = "gone" if gone else "s0"
             parts.append(
                 f'<g><rect class="cell" x="{x:.1f}" y="{y + 1}" width="{wide:.1f}" '
-                f'height="{row - 2}"/><rect class="s0" fill-opacity="{depth}" x="{x:.1f}" '
+                f'height="{row - 2}"/><rect class="{color}" fill-opacity="{depth}" x="{x:.1f}" '
                 f'y="{y + 1}" width="{max(wide - 0.6, 0.6):.1f}" height="{row - 2}"/>'
                 + (_cross(x, y + 1, wide - 0.6, row - 2) if gone else "")
                 + f"<title>{escape(note)}</title></g>"

@@ -27,7 +27,7 @@ def comparison_page(table: Table) -> str:
     columns = {column.key: column for column in table.columns}
     measured = [row for row in table.rows[1:] if row.values]
     labels = list(dict.fromkeys(row.label for row in table.rows[1:]))
-    layers, seed = _layers(table)
+    layers = _layers(table)
     waiting = sum(len(row.waiting) for row in table.rows)
     shown = [cell for cell in table.cells if "recipe" in cell]
     return render(
@@ -62,7 +62,6 @@ def comparison_page(table: Table) -> str:
         quality=_quality(table, measured, labels) if measured else [],
         spread=any(len(row.seeds) > 1 for row in measured),
         layers=layers,
-        layers_seed=seed,
         depth_key=depth_key(),
         costs=_costs(columns, measured, labels),
         conditions=conditions(table),
@@ -132,15 +131,17 @@ def _quality(table: Table, rows: list[Row], labels: list[str]) -> list[dict[str,
     return charts
 
 
-def _layers(table: Table) -> tuple[str, str]:
-    """The heat map of the first seed of each row, and that seed where there are several."""
+def _layers(table: Table) -> dict[str, str]:
+    """The heat map of the first seed of each row, what its depths mean, and that seed."""
     first: dict[tuple[str, str], dict[str, Any]] = {}
     for cell in table.cells:
         if "blocks" in cell:
             first.setdefault((cell["label"], cell["asked"]), cell)
     if not first:
-        return "", ""
+        return {}
     count = table.settings["source"]["blocks"]
+    most = max(b["share_removed"] for cell in first.values() for b in cell["blocks"])
+    top = max(0.2, math.ceil(most * 5 - 1e-9) / 5)  # a fifth, two fifths, ...
     stripes = []
     for (label, asked), cell in first.items():
         left = {block["block"]: block["share_removed"] for block in cell["blocks"]}
@@ -153,8 +154,12 @@ def _layers(table: Table) -> tuple[str, str]:
         stripes.append(Stripe(f"{label} {asked.split(' ')[0]}", shares, notes))
     seeds = {cell["seed"] for cell in first.values()}
     several = len({cell["seed"] for cell in table.cells if "seed" in cell}) > 1
-    svg = heat_map(stripes, x_title="block", title="Share of each block that was removed")
-    return svg, ", ".join(map(str, sorted(seeds))) if several else ""
+    title = "Share of each block that was removed"
+    return {
+        "svg": heat_map(stripes, top=top, x_title="block", title=title),
+        "depths": ", ".join(f"{25 * top * step:g}" for step in range(5)) + "%",
+        "seed": ", ".join(map(str, sorted(seeds))) if several else "",
+    }
 
 
 def _costs(columns: dict[str, Column], rows: list[Row], labels: list[str]) -> list[dict[str, str]]:
