@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -98,6 +98,10 @@ class Plan:
     anatomy: Anatomy
     blocks: list[BlockCut]
 
+    #: For the model card: why the stock class does not do, and where the rest of the plan lies.
+    why_code: ClassVar[str] = "Its blocks have different sizes"
+    held_in: ClassVar[str] = "`secateur_plan.safetensors` holds the kept indices and the scales"
+
     @property
     def kept_layers(self) -> list[int]:
         return [cut.source for cut in self.blocks]
@@ -165,6 +169,23 @@ class Plan:
 
     def sizes_before(self) -> Sizes:
         return Sizes(self.anatomy.parameters, self.anatomy.decoder_parameters)
+
+    def block_gone(self, cut: BlockCut) -> int:
+        """Parameters of a block that are absent from the file; below 0 where it has grown."""
+        return block_removed(self.anatomy, cut)
+
+    @property
+    def gone(self) -> int:
+        """Parameters that went, of those that the target is a share of."""
+        return self.sizes_before().parameters - self.sizes().parameters
+
+    def run_time(self) -> dict[str, Any]:
+        """What the modelling file has to know, for the config's entry ``secateur``."""
+        return {"shapes": [self.shapes(cut) for cut in self.blocks]}
+
+    def config_keys(self) -> dict[str, Any]:
+        """Keys of the config that change with the plan, where no stock class holds it."""
+        return {}
 
     def summary(self) -> dict[str, Any]:
         """Sizes, shares and notes of every block, for ``secateur.json``."""

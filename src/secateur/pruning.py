@@ -17,17 +17,19 @@ from secateur.checkpoint.writer import (
     write_tensors,
 )
 from secateur.engine import LayerChoice
-from secateur.errors import OutputError, SecateurError, SourceError
+from secateur.errors import OutputError, SecateurError
 from secateur.forms import Target
 from secateur.outputs import gguf, hf, llama_cpp
 from secateur.outputs.card import model_card
 from secateur.outputs.hf import PLAN_TENSORS, RECORD
 from secateur.outputs.verify import Verification, verify_folder
 from secateur.outputs.verify_gguf import GgufVerification, verify_gguf
-from secateur.pipeline import PlanResult, Run
+from secateur.pipeline import PlanResult, Run, open_run
 from secateur.plans import BlockCut, Plan, Tensors
 from secateur.progress import PeakMemory, Progress
 from secateur.recipe import Recipe
+from secateur.rotation.plan import RotationPlan, StoredBases
+from secateur.rotation.run import RotationRun
 from secateur.streaming import Stream
 
 
@@ -82,7 +84,7 @@ def prune(
         finished = _moved_but_not_cleaned(place)
         if not finished:
             check_output(place, local_path(source), file=target.kind == "gguf")
-        run = Run(
+        run = open_run(
             source,
             recipe,
             device=device,
@@ -95,7 +97,10 @@ def prune(
         try:
             if finished:
                 check_output_of(place, journal)
-            plan, choice, cost = _write(run, journal)
+            if isinstance(run, RotationRun):
+                plan, choice, cost = run.write(journal)
+            else:
+                plan, choice, cost = _write(run, journal)
             verification = _verified(run, journal, plan) if verify else None
             notes: list[str] = []
             ran: GgufVerification | None = None
@@ -103,7 +108,10 @@ def prune(
                 notes, ran = _export(run, journal, verify=verify)
             else:
                 journal.finish()
-            _find_weights(plan, place if target.kind == "hf" else None)
+            if isinstance(plan, RotationPlan):
+                plan.bases = StoredBases(place, len(plan.blocks))
+            else:
+                _find_weights(plan, place if target.kind == "hf" else None)
         except SecateurError:
             journal.drop_if_fruitless()  # it would be in the way of the mended command
             raise
@@ -119,7 +127,7 @@ def prune(
 
 
 def _export(
-    run: Run, journal: Journal, *, verify: bool
+    run: Run | RotationRun, journal: Journal, *, verify: bool
 ) -> tuple[list[str], GgufVerification | None]:
     """The GGUF file from the folder that the journal holds; it gets its name when it is verified.
 
@@ -164,14 +172,14 @@ def _write(run: Run, journal: Journal) -> tuple[Plan, LayerChoice, dict[str, flo
         entry = {"source": cut.source, "sha256": digest, "notes": cut.notes, "new_weights": new}
         journal.add("block", entry)
         cut.weights = hf.stored_weights(journal.model, plan, number, blocks, new)
-        _check_unchanged(run, journal)
+        run.check_unchanged(journal)
 
     if journal.find("files") is None:
         plan = run.engine.neuron_stage(
             choice.layers, quotas, run.windows.tokens, sink=sink, done=done
         )
         _write_rest(run, journal, plan, choice, cost)
-        _check_unchanged(run, journal)
+        run.check_unchanged(journal)
         journal.add("files", {})
     else:
         plan.blocks.extend(done[layer] for layer in choice.layers)
@@ -196,19 +204,6 @@ def _layer_choice(run: Run, journal: Journal) -> tuple[LayerChoice, dict[str, fl
     importances = dict(zip(found["layers"], found["importances"], strict=True))
     choice = LayerChoice(found["layers"], importances, found["removed"], found["loss"])
     return choice, found["layout_cost"]
-
-
-def _check_unchanged(run: Run, journal: Journal) -> None:
-    """Whether the source is still the one of the journal's first line.
-
-    Raises:
-        SourceError: it has been written to since.
-    """
-    if run.checkpoint.state() != journal.entries[0]["value"]["source_files"]:
-        raise SourceError(
-            f"source {run.checkpoint.source} changed while it was read: the finished blocks "
-            f"are of no use; remove {journal.folder} and start again"
-        )
 
 
 def _find_weights(plan: Plan, folder: Path | None) -> None:
@@ -275,7 +270,7 @@ def _write_rest(
     run.progress.finish()
 
 
-def _verified(run: Run, journal: Journal, plan: Plan) -> Verification:
+def _verified(run: Run | RotationRun, journal: Journal, plan: Plan) -> Verification:
     folder = journal.model if journal.model.is_dir() else journal.out
     run.progress.stage("verifying in a fresh process", 1)
     verification = verify_folder(folder, run.stream, plan, run.dtype, memory=run.memory)

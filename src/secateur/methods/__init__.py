@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
-from secateur.methods.base import Block, Method, Quotas, get_method, method_names, register
+from secateur.methods.base import (
+    AnyMethod,
+    Block,
+    Method,
+    Quotas,
+    get_method,
+    method_class,
+    method_names,
+    register,
+)
 
-__all__ = ["Block", "Method", "Quotas", "get_method", "method_names", "register"]
+__all__ = [
+    "AnyMethod",
+    "Block",
+    "Method",
+    "Quotas",
+    "get_method",
+    "method_class",
+    "method_names",
+    "register",
+]

@@ -7,7 +7,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from pydantic import BaseModel
@@ -43,7 +43,7 @@ class Block:
     held_out: dict[str, Moments] = field(default_factory=dict)
 
 
-class Method(ABC):
+class AnyMethod(ABC):
     """A pruning method. It never opens a file, moves a device or prints.
 
     Attributes:
@@ -55,8 +55,6 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     Options: ClassVar[type[BaseModel]]
-    #: Share of the windows whose statistics a method also wants apart, to judge fits by.
-    held_out: ClassVar[float] = 0.0
 
     def __init__(self, options: BaseModel, form: Form) -> None:
         self.options: Any = options
@@ -68,6 +66,13 @@ class Method(ABC):
         Raises:
             RecipeError: with what is allowed.
         """
+
+
+class Method(AnyMethod):
+    """A method that removes whole blocks, or units inside each block by itself."""
+
+    #: Share of the windows whose statistics a method also wants apart, to judge fits by.
+    held_out: ClassVar[float] = 0.0
 
     @abstractmethod
     def layer_counts(self, most: int) -> Sequence[int]:
@@ -108,10 +113,11 @@ class Method(ABC):
         """Whether statistics come from the uncut model rather than from the cut prefix."""
 
 
-_REGISTRY: dict[str, type[Method]] = {}
+_REGISTRY: dict[str, type[AnyMethod]] = {}
+AMethod = TypeVar("AMethod", bound=AnyMethod)
 
 
-def register(method: type[Method]) -> type[Method]:
+def register(method: type[AMethod]) -> type[AMethod]:
     """Class decorator that makes a method known by its name."""
     _REGISTRY[method.name] = method
     return method
@@ -131,7 +137,19 @@ def method_names() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def get_method(name: str, options: dict[str, Any], form: Form | None = None) -> Method:
+def method_class(name: str) -> type[AnyMethod]:
+    """The class of the method called ``name``.
+
+    Raises:
+        RecipeError: no such method.
+    """
+    names = method_names()
+    if name not in _REGISTRY:
+        raise RecipeError(f"method {name} is not known: choose one of {', '.join(names)}")
+    return _REGISTRY[name]
+
+
+def get_method(name: str, options: dict[str, Any], form: Form | None = None) -> AnyMethod:
     """The method called ``name`` with these options, for models of this form.
 
     Raises:
@@ -139,10 +157,7 @@ def get_method(name: str, options: dict[str, Any], form: Form | None = None) -> 
     """
     from pydantic import ValidationError
 
-    names = method_names()
-    if name not in _REGISTRY:
-        raise RecipeError(f"method {name} is not known: choose one of {', '.join(names)}")
-    method = _REGISTRY[name]
+    method = method_class(name)
     try:
         return method(method.Options(**options), form or Form())
     except ValidationError as error:

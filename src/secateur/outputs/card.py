@@ -33,7 +33,7 @@ def model_card(plan: Plan, record: dict[str, Any], *, source: str, stock: bool) 
     why = (
         "Every block has the shapes of the stock class, so no extra code is needed."
         if stock
-        else "Its blocks have different sizes, so the folder carries `modeling_secateur.py`, which "
+        else f"{plan.why_code}, so the folder carries `modeling_secateur.py`, which "
         "is what `trust_remote_code=True` allows to run."
     )
     cost = record["form"].get("held_out_loss", {})
@@ -77,6 +77,6 @@ The recipe, with which the same command gives the same bytes:
 ```
 
 `secateur.json` holds sizes block by block, versions, and the hash of the calibration tokens;
-`secateur_plan.safetensors` holds the kept indices and the scales. The licence is that of the
+{plan.held_in}. The licence is that of the
 original model.
 """
