@@ -39,6 +39,7 @@ class ProjectedOriginal(Stream):
         super().__init__(origin.checkpoint, origin.device, origin.dtype)
         self.plan = plan
         self.rounded = None if dtype == torch.float32 else dtype
+        self._last: tuple[int, Tensors, list[torch.Tensor]] | None = None
         if self.rounded is not None and plan.stream.norm_bias:
             self._make_room_for_biases()
 
@@ -56,15 +57,17 @@ class ProjectedOriginal(Stream):
         assert self.plan.bases is not None
         return self.plan.bases.of_block(block)
 
-    def _rotated_block(self, index: int) -> Tensors:
-        assert self.rounded is not None
-        state = super().read_block(index)
-        return rotate_block(state, self.plan.stream, self._bases(index), self.rounded)
+    def _lifted(self, index: int) -> tuple[Tensors, list[torch.Tensor]]:
+        """A block as the file has it, led back to full width; the last one asked for is kept."""
+        if self._last is None or self._last[0] != index:
+            assert self.rounded is not None
+            bases, stream = self._bases(index), self.plan.stream
+            rotated = rotate_block(super().read_block(index), stream, bases, self.rounded)
+            self._last = index, *lift_block(rotated, stream, bases)
+        return self._last[1:]
 
     def read_block(self, index: int, dtype: torch.dtype | None = None) -> Tensors:
-        if self.rounded is None:
-            return super().read_block(index, dtype)
-        return lift_block(self._rotated_block(index), self.plan.stream, self._bases(index))[0]
+        return super().read_block(index, dtype) if self.rounded is None else self._lifted(index)[0]
 
     def read_outside(self, dtype: torch.dtype | None = None) -> Tensors:
         if self.rounded is None:
@@ -87,11 +90,9 @@ class ProjectedOriginal(Stream):
 
     def _carries(self, index: int, like: torch.Tensor) -> list[Carry]:
         """For each stage of a block, how the stream leaves it."""
-        bases = [basis.to(like) for basis in self._bases(index)]
         if self.rounded is None:
-            return [partial(_project, basis) for basis in bases[1:]]
-        _, shortcuts = lift_block(self._rotated_block(index), self.plan.stream, bases)
-        return [partial(_pass_shortcut, shortcut.to(like)) for shortcut in shortcuts]
+            return [partial(_project, basis.to(like)) for basis in self._bases(index)[1:]]
+        return [partial(_pass_shortcut, s.to(like)) for s in self._lifted(index)[1]]
 
 
 def _project(basis: torch.Tensor, _: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
