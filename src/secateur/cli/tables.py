@@ -84,7 +84,9 @@ def _why_off(result: PlanResult, gone: int) -> str:
     from secateur.rotation.plan import RotationPlan
 
     if isinstance(result.plan, RotationPlan):
-        return "one width for the whole model, rounded down; --set multiple=1 comes closest"
+        return (
+            "one width serves the whole model and is rounded down (--set multiple=1 comes closest)"
+        )
     if result.form.uniform and result.form.multiple > 1:
         return (
             f"all {len(result.plan.blocks)} widths go in steps of {result.form.multiple} together; "
