@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secateur.anatomy import describe_residual
 from secateur.checkpoint import Checkpoint, local_path, open_checkpoint
 from secateur.checkpoint.writer import check_output
 from secateur.errors import OutputError, SecateurError, SourceError
@@ -20,6 +21,7 @@ from secateur.outputs.verify import Verification, verify_folder, verify_itself
 from secateur.outputs.verify_gguf import GgufVerification, verify_gguf
 from secateur.plans import BlockCut, Plan
 from secateur.progress import Progress
+from secateur.rotation.plan import stored_plan
 from secateur.streaming import Stream
 
 FORMATS = ("gguf",)
@@ -151,9 +153,11 @@ def plan_of(checkpoint: Checkpoint, source: Stream) -> Plan:
     """
     from safetensors.torch import load_file
 
+    folder = checkpoint.folder
     try:
-        record = json.loads((checkpoint.folder / RECORD).read_text(encoding="utf-8"))
-        tensors = load_file(checkpoint.folder / PLAN_TENSORS)
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        rotated = "rotation" in record["plan"]
+        tensors = {} if rotated else load_file(folder / PLAN_TENSORS)
         origin = record["source"]["fingerprint"]
         kept = [int(block["source"]) for block in record["plan"]["blocks"]]
     except Exception as error:  # missing, damaged or foreign files, in many ways
@@ -166,6 +170,11 @@ def plan_of(checkpoint: Checkpoint, source: Stream) -> Plan:
             f"{checkpoint.source} was not made from {source.checkpoint.source}: give --against "
             f"the model {record['source'].get('name', '')} that it was pruned from"
         )
+    if rotated:
+        stream = describe_residual(source.model, source.anatomy)
+        sliced = stored_plan(source.anatomy, stream, record["plan"], folder)
+        sliced.check()
+        return sliced
     plan = Plan(source.anatomy, [])
     for number, block in enumerate(kept):
         prefix = f"blocks.{number}."

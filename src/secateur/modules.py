@@ -12,6 +12,7 @@ one source for both.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ _HEADER = '''"""A language model with fewer weights than its family's class expe
 Secateur.
 
 Open it with AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True). The config key
-"secateur" lists, for every block and linear layer, how many inputs and rows are left.
+"secateur" {says}.
 """
 
 '''
@@ -131,27 +132,56 @@ class Secateur{base_model}({base_model}):
     def __init__(self, config):
         super().__init__(config)
         sizes = config.secateur
-        resize_blocks(self, sizes["blocks_path"], sizes["shapes"], sizes.get("biases"))
+        {reshape}(self, sizes["blocks_path"], sizes["{kind}"]{more})
 """
 
+#: What a config's entry "secateur" may describe, and the function that gives a model those sizes.
+KINDS = {"shapes": "resize_blocks", "rotation": "slice_stream"}
+_SAYS = {
+    "shapes": "lists, for every block and linear layer, how many inputs and rows are left",
+    "rotation": "says how wide its hidden states are, and what reads and writes them",
+}
 
-def modeling_file(base_config: str, base_model: str) -> str:
+
+def kind_of(entry: Mapping[str, Any]) -> str:
+    """Which of :data:`KINDS` the config's entry "secateur" describes.
+
+    Raises:
+        KeyError: none.
+    """
+    for kind in KINDS:
+        if kind in entry:
+            return kind
+    raise KeyError(" or ".join(KINDS))
+
+
+def modeling_file(base_config: str, base_model: str, kind: str = "shapes") -> str:
     """Source of the modelling file for a model whose family uses these transformers classes.
 
     Args:
         base_config: for example ``LlamaConfig``.
         base_model: for example ``LlamaForCausalLM``.
+        kind: of :data:`KINDS`.
     """
-    shipped = Path(__file__).read_text(encoding="utf-8").split("# [shipped]\n")[1]
+    from secateur.rotation import modules as rotated
+
+    home = Path(__file__ if kind == "shapes" else str(rotated.__file__))
+    shipped = home.read_text(encoding="utf-8").split("# [shipped]\n")[1]
     shipped = shipped.split("# [/shipped]\n")[0].rstrip() + "\n"
     classes = _CLASSES.format(
-        base_config=base_config, base_model=base_model, model_type=pruned_type(base_config)
+        base_config=base_config,
+        base_model=base_model,
+        model_type=pruned_type(base_config),
+        reshape=KINDS[kind],
+        more=', sizes.get("biases")' if kind == "shapes" else "",
+        kind=kind,
     )
     # Imports belong at the top of a file, also of a generated one.
     lines = classes.strip("\n").split("\n")
     head, body = lines[0], "\n".join(lines[1:]).lstrip("\n")
     first, rest = shipped.split("\nfrom torch import nn\n", 1)
-    return f"{_HEADER}{first}\nfrom torch import nn\n{head}\n{rest}\n\n{body}\n"
+    header = _HEADER.format(says=_SAYS[kind])
+    return f"{header}{first}\nfrom torch import nn\n{head}\n{rest}\n\n{body}\n"
 
 
 def pruned_type(base_config: str) -> str:
@@ -166,6 +196,8 @@ def pruned_classes(base_config: str, base_model: str) -> tuple[Any, Any]:
     """The same two classes that the modelling file defines, for use inside this process."""
     import transformers
 
+    from secateur.rotation import modules as rotated
+
     config_base = getattr(transformers, base_config)
     model_base = getattr(transformers, base_model)
     config_class = type(
@@ -174,8 +206,12 @@ def pruned_classes(base_config: str, base_model: str) -> tuple[Any, Any]:
 
     def __init__(self: Any, config: Any) -> None:
         model_base.__init__(self, config)
-        sizes = config.secateur
-        resize_blocks(self, sizes["blocks_path"], sizes["shapes"], sizes.get("biases"))
+        entry = config.secateur
+        kind = kind_of(entry)
+        if kind == "shapes":
+            resize_blocks(self, entry["blocks_path"], entry[kind], entry.get("biases"))
+        else:
+            rotated.slice_stream(self, entry["blocks_path"], entry[kind])
 
     model_class = type(
         f"Secateur{base_model}", (model_base,), {"config_class": config_class, "__init__": __init__}
@@ -195,6 +231,7 @@ def pruned_config(raw: dict[str, Any]) -> Any:
 
     try:
         base_config, base_model = raw["secateur"]["base_config"], raw["secateur"]["base_model"]
+        kind_of(raw["secateur"])
         if not (base_config.endswith("Config") and base_model.endswith("ForCausalLM")):
             raise KeyError(base_model)
         if not all(hasattr(transformers, name) for name in (base_config, base_model)):

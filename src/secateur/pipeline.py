@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import secateur
-from secateur.calibration import Windows, check_vocabulary, draw_windows, load_text
-from secateur.checkpoint import Checkpoint, open_checkpoint
-from secateur.devices import check_device
 from secateur.engine import Engine
-from secateur.errors import RecipeError, SourceError
+from secateur.errors import RecipeError
 from secateur.estimate import Estimate, check_memory, estimate, parse_limit
 from secateur.forms import Form, Target, resolve
 from secateur.layers import LayerChoice
-from secateur.methods import Method, get_method
-from secateur.modules import MODEL_TYPE_PREFIX
+from secateur.methods import Method, get_method, method_class
+from secateur.methods.rotating import Rotating
+from secateur.opening import Opened
 from secateur.outputs import gguf, hf
 from secateur.plans import Plan
 from secateur.progress import PeakMemory, Progress
 from secateur.recipe import Recipe, parameters_to_remove
-from secateur.streaming import Stream
+from secateur.rotation.run import RotationRun
 
 
 @dataclass(frozen=True)
@@ -56,7 +50,7 @@ class PlanResult:
     peak_memory: int
 
 
-class Run:
+class Run(Opened):
     """What ``plan`` and ``prune`` share: everything up to the neuron stage."""
 
     def __init__(
@@ -70,23 +64,22 @@ class Run:
         progress: Progress,
         target: Target | None = None,
     ) -> None:
-        self.recipe = recipe
-        self.progress = progress
-        self.target = target or Target()
-        self.checkpoint: Checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
-        if str(self.checkpoint.config.model_type).startswith(MODEL_TYPE_PREFIX):
-            raise SourceError(
-                f"source {source} has been pruned to different sizes in each block already: prune "
-                "the original with a larger --remove instead"
-            )
-        self.stream = Stream(self.checkpoint, check_device(device))
+        super().__init__(
+            source,
+            recipe,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            target=target,
+        )
         self.form = self._form()
-        self.method: Method = get_method(recipe.method, recipe.options, self.form)
+        method = get_method(recipe.method, recipe.options, self.form)
+        assert isinstance(method, Method)
+        self.method = method
         if self.target.kind == "gguf":
-            whole = self.method.ranking is None or recipe.options.get("layers", "auto") == 0
-            uniform = self.form.uniform or not self.method.cuts_inside
+            whole = method.ranking is None or recipe.options.get("layers", "auto") == 0
+            uniform = self.form.uniform or not method.cuts_inside
             gguf.check_model(self.stream, uniform=uniform, all_blocks=whole)
-        self.dtype = self.checkpoint.dtype if recipe.dtype == "auto" else _dtype(recipe.dtype)
         anatomy = self.stream.anatomy
         self.method.check(anatomy)
         self.asked = parameters_to_remove(
@@ -152,6 +145,7 @@ class Run:
             self.recipe.options,
             replace(self.form, layout="per-layer", groups=None),
         )
+        assert isinstance(free, Method)
         losses = {}
         for layout, method in (("per-layer", free), ("uniform", self.method)):
             engine = Engine(
@@ -170,38 +164,6 @@ class Run:
                     raise
         return losses
 
-    def _calibrate(self) -> Windows:
-        spec = self.recipe.calibration
-        longest = getattr(self.checkpoint.config, "max_position_embeddings", None)
-        if longest is not None and spec.length > longest:
-            raise RecipeError(
-                f"length is {spec.length}, the model's positions end at {longest}: lower --length"
-            )
-        check_vocabulary(self.checkpoint.tokenizer, int(self.checkpoint.config.vocab_size))
-        text = load_text(
-            spec.source, use="calibration", text_field=spec.text_field, data_dir=spec.data_dir
-        )
-        return draw_windows(
-            text,
-            self.checkpoint.tokenizer,
-            samples=spec.samples,
-            length=spec.length,
-            seed=self.recipe.seed,
-        )
-
-    def identity(self) -> dict[str, Any]:
-        """Everything that decides the bytes of the output."""
-        return {
-            "recipe": self.recipe.model_dump(),
-            "source": self.checkpoint.fingerprint,
-            "source_files": self.checkpoint.state(),
-            "calibration": self.windows.sha256,
-            "versions": versions(),
-            "threads": torch.get_num_threads(),
-            "device": str(self.stream.device),
-            "target": [self.target.kind, self.target.weights],
-        }
-
     def record(
         self,
         plan: Plan,
@@ -210,20 +172,11 @@ class Run:
         layout_cost: dict[str, float] | None,
     ) -> Any:
         """The content of ``secateur.json``. Nothing here depends on time or place."""
-        before, after = plan.sizes_before(), plan.sizes()
         return {
-            "format": 1,
-            "recipe": self.recipe.model_dump(exclude_defaults=False),
+            **self.provenance(),
             "method_options": self.method.options.model_dump(),
-            "source": {
-                "name": Path(self.checkpoint.source).name,
-                "fingerprint": self.checkpoint.fingerprint,
-                "model_type": plan.anatomy.model_type,
-            },
-            "calibration": {"origin": self.windows.origin, "sha256": self.windows.sha256},
-            "versions": versions(),
             "asked": {"parameters_removed": self.asked},
-            "reached": {"parameters_removed": before.parameters - after.parameters},
+            "reached": {"parameters_removed": plan.gone},
             "layer_stage": {
                 "importances": {str(k): round(v, 6) for k, v in choice.importances.items()},
                 "removed_in_order": choice.removed,
@@ -238,6 +191,13 @@ class Run:
             },
             "plan": plan.summary(),
         }
+
+    def find(self) -> tuple[Plan, LayerChoice, dict[str, float] | None]:
+        """The plan, the blocks that were chosen for it, and what one width for all costs."""
+        choice = self.engine.choose_layers(self.windows.tokens)
+        cost = self.layout_cost(choice)
+        shares = self.engine.shares(choice, self.windows.tokens)
+        return self.engine.neuron_stage(choice.layers, shares, self.windows.tokens), choice, cost
 
     def result_fields(
         self, plan: Plan, choice: LayerChoice, layout_cost: dict[str, float] | None, peak: int
@@ -254,6 +214,16 @@ class Run:
             "seconds": dict(self.progress.seconds),
             "peak_memory": peak,
         }
+
+
+def open_run(source: str | Path, recipe: Recipe, **settings: Any) -> Run | RotationRun:
+    """The run that this recipe's method takes; see :class:`Run` for the settings.
+
+    Raises:
+        SecateurError: for everything that a user can mend.
+    """
+    kind = RotationRun if issubclass(method_class(recipe.method), Rotating) else Run
+    return kind(source, recipe, **settings)
 
 
 def make_plan(
@@ -279,7 +249,7 @@ def make_plan(
         SecateurError: for everything that a user can mend.
     """
     with PeakMemory() as memory:
-        run = Run(
+        run = open_run(
             source,
             recipe,
             device=device,
@@ -287,29 +257,8 @@ def make_plan(
             trust_remote_code=trust_remote_code,
             progress=progress or Progress(),
         )
-        tokens = run.windows.tokens
-        choice = run.engine.choose_layers(tokens)
-        cost = run.layout_cost(choice)
-        plan = run.engine.neuron_stage(choice.layers, run.engine.shares(choice, tokens), tokens)
+        plan, choice, cost = run.find()
     return PlanResult(**run.result_fields(plan, choice, cost, memory.peak))
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    import safetensors
-    import transformers
-
-    return {
-        "secateur": secateur.__version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "safetensors": safetensors.__version__,
-    }
-
-
-def _dtype(name: str) -> torch.dtype:
-    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
 
 
 __all__ = ["PlanResult", "make_plan"]

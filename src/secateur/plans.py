@@ -102,6 +102,21 @@ class Plan:
     anatomy: Anatomy
     blocks: list[BlockCut]
 
+    #: For the model card: why the stock class does not do, and where the rest of the plan lies.
+
+    @property
+    def why_code(self) -> str:
+        """Why the stock class cannot open the folder, where it cannot, for the model card."""
+        if self.uniform is not None and any(map(self.new_biases, self.blocks)):
+            return "Its layers have biases that the stock class has not"
+        return "Its blocks have different sizes"
+
+    @property
+    def held_in(self) -> str:
+        """Where the folder keeps what stays, for the model card."""
+        biases = ", the new biases" if any(cut.biases for cut in self.blocks) else ""
+        return f"`secateur_plan.safetensors` holds the kept indices{biases} and the scales"
+
     @property
     def kept_layers(self) -> list[int]:
         return [cut.source for cut in self.blocks]
@@ -173,6 +188,25 @@ class Plan:
 
     def sizes_before(self) -> Sizes:
         return Sizes(self.anatomy.parameters, self.anatomy.decoder_parameters)
+
+    def block_gone(self, cut: BlockCut) -> int:
+        """Parameters of a block that are absent from the file; below 0 where it has grown."""
+        return block_removed(self.anatomy, cut)
+
+    @property
+    def gone(self) -> int:
+        """Parameters that went, of those that the target is a share of."""
+        return self.sizes_before().parameters - self.sizes().parameters
+
+    def run_time(self) -> dict[str, Any]:
+        """What the modelling file has to know, for the config's entry ``secateur``."""
+        biases = [self.new_biases(cut) for cut in self.blocks]
+        more = {"biases": biases} if any(biases) else {}
+        return {"shapes": [self.shapes(cut) for cut in self.blocks], **more}
+
+    def config_keys(self) -> dict[str, Any]:
+        """Keys of the config that change with the plan, where no stock class holds it."""
+        return {}
 
     def summary(self) -> dict[str, Any]:
         """Sizes, shares and notes of every block, for ``secateur.json``."""

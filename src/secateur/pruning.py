@@ -16,7 +16,7 @@ from secateur.checkpoint.writer import (
     write_json,
     write_tensors,
 )
-from secateur.errors import OutputError, SecateurError, SourceError
+from secateur.errors import OutputError, SecateurError
 from secateur.forms import Target
 from secateur.layers import LayerChoice, Round
 from secateur.methods import Share, Shares
@@ -25,11 +25,13 @@ from secateur.outputs.card import model_card
 from secateur.outputs.hf import PLAN_TENSORS, RECORD
 from secateur.outputs.verify import Verification, verify_folder
 from secateur.outputs.verify_gguf import GgufVerification, verify_gguf
-from secateur.pipeline import PlanResult, Run
+from secateur.pipeline import PlanResult, Run, open_run
 from secateur.plans import BlockCut, Plan, Tensors
 from secateur.progress import PeakMemory, Progress
 from secateur.recipe import Recipe
 from secateur.report.pruning import RunFacts, write_pruning_page
+from secateur.rotation.plan import RotationPlan, StoredBases
+from secateur.rotation.run import RotationRun
 from secateur.streaming import Stream
 
 
@@ -88,7 +90,7 @@ def prune(
         finished = _moved_but_not_cleaned(place)
         if not finished:
             check_output(place, local_path(source), file=target.kind == "gguf")
-        run = Run(
+        run = open_run(
             source,
             recipe,
             device=device,
@@ -102,7 +104,10 @@ def prune(
         try:
             if finished:
                 check_output_of(place, journal)
-            plan, choice, cost = _write(run, journal)
+            if isinstance(run, RotationRun):
+                plan, choice, cost = run.write(journal)
+            else:
+                plan, choice, cost = _write(run, journal)
             verification = _verified(run, journal, plan) if verify else None
             notes: list[str] = []
             ran: GgufVerification | None = None
@@ -110,17 +115,7 @@ def prune(
             if target.kind == "gguf":
                 notes, ran = _export(run, journal, verify=verify)
             else:
-                facts = RunFacts(
-                    source=run.checkpoint.source,
-                    out=place.name,
-                    stock=hf.stock_keys(run.checkpoint, plan) is not None,
-                    bytes_each=run.dtype.itemsize,
-                    seconds=dict(progress.seconds),
-                    peak_memory=memory.peak,
-                    estimate=run.estimate,
-                    verification=verification,
-                    continued=continued,
-                )
+                facts = _facts(run, plan, place.name, memory.peak, verification, continued)
                 if journal.model.is_dir():  # else it has moved, and its page with it
                     write_pruning_page(journal.model, facts)
                 journal.finish()
@@ -140,8 +135,29 @@ def prune(
     )
 
 
+def _facts(
+    run: Run | RotationRun,
+    plan: Plan,
+    name: str,
+    peak: int,
+    verification: Verification | None,
+    continued: bool,
+) -> RunFacts:
+    return RunFacts(
+        source=run.checkpoint.source,
+        out=name,
+        stock=hf.stock_keys(run.checkpoint, plan) is not None,
+        bytes_each=run.dtype.itemsize,
+        seconds=dict(run.progress.seconds),
+        peak_memory=peak,
+        estimate=run.estimate,
+        verification=verification,
+        continued=continued,
+    )
+
+
 def _export(
-    run: Run, journal: Journal, *, verify: bool
+    run: Run | RotationRun, journal: Journal, *, verify: bool
 ) -> tuple[list[str], GgufVerification | None]:
     """The GGUF file from the folder that the journal holds; it gets its name when it is verified.
 
@@ -186,14 +202,14 @@ def _write(run: Run, journal: Journal) -> tuple[Plan, LayerChoice, dict[str, flo
         entry = {"source": cut.source, "sha256": digest, "notes": cut.notes, "new_weights": new}
         journal.add("block", entry)
         cut.weights = hf.stored_weights(journal.model, plan, number, blocks, new)
-        _check_unchanged(run, journal)
+        run.check_unchanged(journal)
 
     if journal.find("files") is None:
         plan = run.engine.neuron_stage(
             choice.layers, shares, run.windows.tokens, sink=sink, done=done
         )
         _write_rest(run, journal, plan, choice, cost)
-        _check_unchanged(run, journal)
+        run.check_unchanged(journal)
         journal.add("files", {})
     else:
         plan.blocks.extend(done[layer] for layer in choice.layers)
@@ -237,21 +253,12 @@ def _shares(run: Run, journal: Journal, choice: LayerChoice) -> Shares:
     return {layer: Share(parameters, inputs) for layer, parameters, inputs in found}
 
 
-def _check_unchanged(run: Run, journal: Journal) -> None:
-    """Whether the source is still the one of the journal's first line.
-
-    Raises:
-        SourceError: it has been written to since.
-    """
-    if run.checkpoint.state() != journal.entries[0]["value"]["source_files"]:
-        raise SourceError(
-            f"source {run.checkpoint.source} changed while it was read: the finished blocks "
-            f"are of no use; remove {journal.folder} and start again"
-        )
-
-
 def _find_weights(plan: Plan, folder: Path | None) -> None:
     """Let new weights be read where the model has gone to; forget them where there is no folder."""
+    if isinstance(plan, RotationPlan):
+        if folder is not None:
+            plan.bases = StoredBases(folder, len(plan.blocks))
+        return
     for number, cut in enumerate(plan.blocks):
         names, blocks = list(cut.weights), len(plan.blocks)
         cut.weights = hf.stored_weights(folder, plan, number, blocks, names) if folder else {}
@@ -314,7 +321,7 @@ def _write_rest(
     run.progress.finish()
 
 
-def _verified(run: Run, journal: Journal, plan: Plan) -> Verification:
+def _verified(run: Run | RotationRun, journal: Journal, plan: Plan) -> Verification:
     folder = journal.model if journal.model.is_dir() else journal.out
     run.progress.stage("verifying in a fresh process", 1)
     verification = verify_folder(folder, run.stream, plan, run.dtype, memory=run.memory)

@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 from secateur.anatomy.describe import Anatomy, describe
-from secateur.anatomy.families import FAMILIES, Coupling, Dense, Family
+from secateur.anatomy.families import FAMILIES, Coupling, Dense, Family, Residual, Stage
+from secateur.anatomy.residual import ResidualStream, describe_residual
 
-__all__ = ["FAMILIES", "Anatomy", "Coupling", "Dense", "Family", "describe"]
+__all__ = [
+    "FAMILIES",
+    "Anatomy",
+    "Coupling",
+    "Dense",
+    "Family",
+    "Residual",
+    "ResidualStream",
+    "Stage",
+    "describe",
+    "describe_residual",
+]

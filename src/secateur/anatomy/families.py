@@ -52,6 +52,45 @@ class Coupling:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One addition to the residual stream inside a block: x + f(norm(x)).
+
+    Attributes:
+        norm: path of the norm, inside the block.
+        reads: signals that the normed stream is, as in :attr:`Dense.reads`.
+        writes: signals whose readers put out what is added.
+        branches: what is added, each a chain of modules of the block; several branches where
+            attention and FFN stand side by side.
+    """
+
+    norm: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    branches: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Where the residual stream of a pre-norm decoder begins, is added to, and ends.
+
+    Paths outside blocks are alternatives, of which the first that the model has counts.
+
+    Attributes:
+        sources: what the stream is the sum of in front of the first block.
+        stages: the additions of one block, in order.
+        attention: module of the block that is handed masks, positions and the cache.
+        norm: the norm behind the last block.
+        reader: the linear layer that reads what that norm puts out.
+    """
+
+    sources: tuple[tuple[str, ...], ...]
+    stages: tuple[Stage, ...]
+    norm: str
+    reader: tuple[str, ...]
+    attention: str = "self_attn"
+
+
+@dataclass(frozen=True)
 class Family:
     """Names of the parts of one family of decoders.
 
@@ -66,6 +105,7 @@ class Family:
         head_size: config key that frees the head size from hidden width / heads; None where the
             class has no such key, so that the number of heads cannot change in the stock class.
         per_layer: config keys that hold a list with one entry a block.
+        residual: the residual stream, where its width can be cut.
     """
 
     name: str
@@ -78,6 +118,7 @@ class Family:
     kv_heads: str = "num_key_value_heads"
     head_size: str | None = "head_dim"
     per_layer: tuple[str, ...] = ("layer_types",)
+    residual: Residual | None = None
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -105,6 +146,15 @@ FAMILIES: tuple[Family, ...] = (
             Coupling("mlp.down_proj", ("mlp.gate_proj", "mlp.up_proj"), "neurons"),
         ),
         per_layer=("layer_types", "no_rope_layers"),
+        residual=Residual(
+            sources=(("model.embed_tokens",),),
+            stages=(
+                Stage("input_layernorm", ("attention",), ("heads",), (("self_attn",),)),
+                Stage("post_attention_layernorm", ("ffn",), ("neurons",), (("mlp",),)),
+            ),
+            norm="model.norm",
+            reader=("lm_head",),
+        ),
     ),
     Family(
         name="OPT",  # LayerNorm, biases everywhere, plain ReLU FFN, learned positions
@@ -132,5 +182,19 @@ FAMILIES: tuple[Family, ...] = (
         kv_heads="num_attention_heads",
         head_size=None,
         per_layer=(),
+        residual=Residual(
+            sources=(
+                ("model.decoder.project_in", "model.decoder.embed_tokens"),
+                ("model.decoder.embed_positions",),
+            ),
+            stages=(
+                Stage("self_attn_layer_norm", ("attention",), ("heads",), (("self_attn",),)),
+                Stage(
+                    "final_layer_norm", ("ffn",), ("neurons",), (("fc1", "activation_fn", "fc2"),)
+                ),
+            ),
+            norm="model.decoder.final_layer_norm",
+            reader=("model.decoder.project_out", "lm_head"),
+        ),
     ),
 )

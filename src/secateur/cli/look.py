@@ -23,6 +23,7 @@ def inspect(source: Source, trust_remote_code: Trust = False) -> None:
     total = sum(by_part.values())
     decoder = sum(count for part, count in by_part.items() if part.startswith("blocks: "))
     alike = decoder == anatomy.decoder_parameters
+    kept = getattr(config, "secateur", {}).get("rotation", {}).get("kept")
     rows = [
         ("source", str(source)),
         ("family", f"{anatomy.family.name} ({anatomy.model_type})"),
@@ -34,7 +35,7 @@ def inspect(source: Source, trust_remote_code: Trust = False) -> None:
             f"{anatomy.layers} "
             + (f"at {anatomy.block_parameters:,} parameters" if alike else "of different sizes"),
         ),
-        ("hidden width", f"{config.hidden_size:,}"),
+        ("hidden width", f"{config.hidden_size:,}" + (f", sliced to {kept:,}" if kept else "")),
         ("FFN width", f"{anatomy.ffn_width:,}" + ("" if alike else " in the first block")),
         (
             "attention",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from secateur.pipeline import PlanResult
+    from secateur.rotation.plan import RotationPlan
 
 
 def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
@@ -26,7 +27,11 @@ def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Non
 
 def print_blocks(result: PlanResult) -> None:
     from secateur.plans import block_removed
+    from secateur.rotation.plan import RotationPlan
 
+    if isinstance(result.plan, RotationPlan):
+        _print_slices(result.plan)
+        return
     anatomy, ranked = result.plan.anatomy, result.choice.importances
     rows = []
     for cut in result.plan.blocks:
@@ -47,7 +52,41 @@ def print_blocks(result: PlanResult) -> None:
     print()
 
 
+def _print_slices(plan: RotationPlan) -> None:
+    """Blocks of a sliced hidden width, and what the directions that stay hold of the stream."""
+    from secateur.rotation.stages import KEPT
+
+    rows = []
+    for cut in plan.blocks:
+        widths = plan.cut.widths(plan.anatomy, plan.stream, cut.source)
+        shares = cut.notes[KEPT]
+        rows.append(
+            (
+                str(cut.source),
+                f"{plan.block_gone(cut) / plan.anatomy.block_parameters:.1%}",
+                " ".join(map(str, widths)),
+                " ".join(f"{share:.4f}" for share in shares[-len(plan.stream.stages) :]),
+            )
+        )
+    print_table(("block", "removed", "widths of the stream", "kept of its second moment"), rows)
+    print()
+
+
+def _print_slice(plan: RotationPlan) -> None:
+    full, kept = plan.stream.width, plan.cut.kept
+    parts = [f"the shortcuts of its residuals take {plan.shortcuts:,} parameters"]
+    if plan.own_head:
+        parts.append(f"the head, until now the embedding, {plan.own_head:,}")
+    print(f"hidden width {full} -> {kept} ({kept / full:.1%}): {', '.join(parts)}")
+
+
 def _why_off(result: PlanResult, gone: int) -> str:
+    from secateur.rotation.plan import RotationPlan
+
+    if isinstance(result.plan, RotationPlan):
+        return (
+            "one width serves the whole model and is rounded down (--set multiple=1 comes closest)"
+        )
     if not _cut_inside(result):
         block = result.plan.anatomy.block_parameters
         return f"blocks go whole, {block:,} parameters each"
@@ -69,9 +108,11 @@ def _cut_inside(result: PlanResult) -> bool:
 
 
 def print_result(result: PlanResult) -> None:
+    from secateur.rotation.plan import RotationPlan
+
     plan = result.plan
-    before, after = plan.sizes_before(), plan.sizes()
-    gone = before.parameters - after.parameters
+    rotated = plan if isinstance(plan, RotationPlan) else None
+    before, after, gone = plan.sizes_before(), plan.sizes(), plan.gone
     print_table(
         ("", "before", "after", "removed"),
         [
@@ -95,11 +136,16 @@ def print_result(result: PlanResult) -> None:
             ),
         ],
     )
-    off = (gone - result.asked) / before.parameters
-    print(f"asked {result.asked:,} parameters, reached {gone:,} ({off:+.2%} of the model)")
+    whole, name = before.parameters, "the model"
+    if rotated is not None and rotated.of == "decoder":  # the rest of the model changes too
+        whole, name = before.decoder, "the blocks"
+    off = (gone - result.asked) / whole
+    print(f"asked {result.asked:,} parameters, reached {gone:,} ({off:+.2%} of {name})")
     if abs(off) > 0.002:
         print(f"the difference is above 0.2 points: {_why_off(result, gone)}")
-    if _cut_inside(result):
+    if rotated is not None:
+        _print_slice(rotated)
+    elif _cut_inside(result):
         print(f"FFN widths: multiples of {result.form.multiple} ({result.form.reason})")
     if result.layout_cost is not None:
         free, same = result.layout_cost.get("per-layer"), result.layout_cost["uniform"]

@@ -59,7 +59,7 @@ def look(
     from secateur.checkpoint import local_path, open_checkpoint
     from secateur.devices import check_device
     from secateur.evaluation.perplexity import evaluation_windows
-    from secateur.pipeline import versions
+    from secateur.opening import versions
     from secateur.streaming import Stream
 
     quiet()

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from secateur.methods.base import (
+    AnyMethod,
     Block,
     Method,
     Quotas,
     Share,
     Shares,
     get_method,
+    method_class,
     method_names,
     register,
 )
 
 __all__ = [
+    "AnyMethod",
     "Block",
     "Method",
     "Quotas",
     "Share",
     "Shares",
     "get_method",
+    "method_class",
     "method_names",
     "register",
 ]

@@ -7,7 +7,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel
@@ -67,7 +67,7 @@ class Block:
     lose: Mapping[str, int] = field(default_factory=dict)
 
 
-class Method(ABC):
+class AnyMethod(ABC):
     """A pruning method. It never opens a file, moves a device or prints.
 
     Attributes:
@@ -79,17 +79,6 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     Options: ClassVar[type[BaseModel]]
-    #: Share of the windows whose statistics a method also wants apart, to judge fits by.
-    held_out: ClassVar[float] = 0.0
-    #: Share of the tokens that copies of the calibration windows draw anew (:meth:`copies`).
-    resampled: ClassVar[float] = 0.0
-    #: What whole blocks are ranked by: what goes in and comes out of each
-    #: (:meth:`layer_importance`), or the loss of the model without it. None: all blocks stay.
-    ranking: ClassVar[Literal["influence", "loss"] | None] = "influence"
-    #: Statistics of the signals: second moments, or mean, variance and norm of each channel.
-    needs: ClassVar[Literal["moments", "channels"]] = "moments"
-    #: Whether anything goes inside blocks.
-    cuts_inside: ClassVar[bool] = True
 
     def __init__(self, options: BaseModel, form: Form) -> None:
         self.options: Any = options
@@ -105,6 +94,22 @@ class Method(ABC):
     def notes(self, anatomy: Anatomy) -> list[str]:
         """What the user should know before the work begins, a line each."""
         return []
+
+
+class Method(AnyMethod):
+    """A method that removes whole blocks, or units inside each block by itself."""
+
+    #: Share of the windows whose statistics a method also wants apart, to judge fits by.
+    held_out: ClassVar[float] = 0.0
+    #: Share of the tokens that copies of the calibration windows draw anew (:meth:`copies`).
+    resampled: ClassVar[float] = 0.0
+    #: What whole blocks are ranked by: what goes in and comes out of each
+    #: (:meth:`layer_importance`), or the loss of the model without it. None: all blocks stay.
+    ranking: ClassVar[Literal["influence", "loss"] | None] = "influence"
+    #: Statistics of the signals: second moments, or mean, variance and norm of each channel.
+    needs: ClassVar[Literal["moments", "channels"]] = "moments"
+    #: Whether anything goes inside blocks.
+    cuts_inside: ClassVar[bool] = True
 
     def layer_counts(self, worth: float) -> Sequence[int]:
         """Numbers of whole blocks to try removing; one means: no choice.
@@ -155,7 +160,7 @@ class Method(ABC):
         """Whether every block is surveyed, uncut, before it is known what each shall lose."""
         return False
 
-    def survey(self, block: Block) -> Any:  # noqa: B027, only methods that look ahead have it
+    def survey(self, block: Block) -> Any:
         """What to remember of a block until :meth:`allocate`; small, since all are kept at once."""
 
     def allocate(
@@ -201,10 +206,11 @@ class Method(ABC):
         return True
 
 
-_REGISTRY: dict[str, type[Method]] = {}
+_REGISTRY: dict[str, type[AnyMethod]] = {}
+AMethod = TypeVar("AMethod", bound=AnyMethod)
 
 
-def register(method: type[Method]) -> type[Method]:
+def register(method: type[AMethod]) -> type[AMethod]:
     """Class decorator that makes a method known by its name."""
     _REGISTRY[method.name] = method
     return method
@@ -224,7 +230,19 @@ def method_names() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def get_method(name: str, options: dict[str, Any], form: Form | None = None) -> Method:
+def method_class(name: str) -> type[AnyMethod]:
+    """The class of the method called ``name``.
+
+    Raises:
+        RecipeError: no such method.
+    """
+    names = method_names()
+    if name not in _REGISTRY:
+        raise RecipeError(f"method {name} is not known: choose one of {', '.join(names)}")
+    return _REGISTRY[name]
+
+
+def get_method(name: str, options: dict[str, Any], form: Form | None = None) -> AnyMethod:
     """The method called ``name`` with these options, for models of this form.
 
     Raises:
@@ -232,10 +250,7 @@ def get_method(name: str, options: dict[str, Any], form: Form | None = None) -> 
     """
     from pydantic import ValidationError
 
-    names = method_names()
-    if name not in _REGISTRY:
-        raise RecipeError(f"method {name} is not known: choose one of {', '.join(names)}")
-    method = _REGISTRY[name]
+    method = method_class(name)
     try:
         return method(method.Options(**options), form or Form())
     except ValidationError as error:

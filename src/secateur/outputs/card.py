@@ -33,11 +33,8 @@ def model_card(plan: Plan, record: dict[str, Any], *, source: str, stock: bool) 
     why = (
         "Every block has the shapes of the stock class, so no extra code is needed."
         if stock
-        else "Its blocks have different sizes, so the folder carries `modeling_secateur.py`, which "
+        else f"{plan.why_code}, so the folder carries `modeling_secateur.py`, which "
         "is what `trust_remote_code=True` allows to run."
-        if plan.uniform is None or not any(map(plan.new_biases, plan.blocks))
-        else "Its layers have biases that the stock class has not, so the folder carries "
-        "`modeling_secateur.py`, which is what `trust_remote_code=True` allows to run."
     )
     cost = record["form"].get("held_out_loss", {})
     if len(cost) == 2:
@@ -46,7 +43,6 @@ def model_card(plan: Plan, record: dict[str, Any], *, source: str, stock: bool) 
             f" One width for all blocks costs {rise:.1%} of perplexity against own widths, "
             "on calibration windows kept out of the statistics."
         )
-    too = ", the new biases" if any(cut.biases for cut in plan.blocks) else ""
     recipe = yaml.safe_dump(record["recipe"], sort_keys=True, allow_unicode=True).rstrip()
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).rstrip()}
@@ -81,7 +77,7 @@ The recipe, with which the same command gives the same bytes:
 ```
 
 `secateur.json` holds sizes block by block, versions, and the hash of the calibration tokens;
-`secateur_plan.safetensors` holds the kept indices{too} and the scales. `report.html` shows it all
-in pictures, with the time and memory of one run: it is the one file that is not the same each
-time. The licence is that of the original model.
+{plan.held_in}. `report.html`
+shows it all in pictures, with the time and memory of one run: it is the one file that is not the
+same each time. The licence is that of the original model.
 """

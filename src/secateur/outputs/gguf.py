@@ -123,6 +123,12 @@ def export(
         OutputError: llama.cpp has no architecture, tokenizer or type for this model.
     """
     kind = check_type(kind)
+    if "rotation" in getattr(stream.checkpoint.config, "secateur", {}):
+        raise OutputError(
+            f"a GGUF file cannot hold {stream.checkpoint.source}: its hidden width was sliced, and "
+            "llama.cpp has no tensor for the shortcut matrices of its residuals; run it in "
+            "transformers, or prune with another --method"
+        )
     beside = path.with_name(f".{path.name}.tmp")
     try:
         if kind in OWN_TYPES:

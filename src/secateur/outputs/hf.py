@@ -13,7 +13,7 @@ from secateur.anatomy import Anatomy
 from secateur.checkpoint import Checkpoint
 from secateur.checkpoint.writer import write_bytes, write_json, write_tensors
 from secateur.errors import OutputError
-from secateur.modules import MODELING_FILE, modeling_file, pruned_type
+from secateur.modules import MODELING_FILE, kind_of, modeling_file, pruned_type
 from secateur.plans import BlockCut, Plan, Tensors, slice_block
 
 INDEX = "model.safetensors.index.json"
@@ -38,11 +38,19 @@ def write_block(
     dtype: torch.dtype,
 ) -> str:  # fmt: skip
     """Write one block as its own shard; return the SHA-256 of the file."""
-    prefix = f"{plan.anatomy.family.blocks}.{number}."
     sliced = slice_block(state, plan, cut, dtype)
-    _check_range(sliced, dtype, f"block {cut.source}")
+    return write_shard(folder, plan, cut, sliced, number=number, blocks=blocks, dtype=dtype)
+
+
+def write_shard(
+    folder: Path, plan: Plan, cut: BlockCut, tensors: Tensors, *, number: int, blocks: int,
+    dtype: torch.dtype,
+) -> str:  # fmt: skip
+    """Write the tensors of one finished block as they are; return the SHA-256 of the file."""
+    prefix = f"{plan.anatomy.family.blocks}.{number}."
+    _check_range(tensors, dtype, f"block {cut.source}")
     return write_tensors(
-        folder / shard_name(number, blocks), {prefix + k: v for k, v in sliced.items()}
+        folder / shard_name(number, blocks), {prefix + k: v for k, v in tensors.items()}
     )
 
 
@@ -120,7 +128,7 @@ def write_config(folder: Path, checkpoint: Checkpoint, plan: Plan, dtype: torch.
     write_json(folder / "config.json", config)
     if "secateur" in config:
         base_config, base_model = base_classes(checkpoint)
-        source = modeling_file(base_config, base_model)
+        source = modeling_file(base_config, base_model, kind_of(config["secateur"]))
         write_bytes(folder / MODELING_FILE, source.encode())
 
 
@@ -165,12 +173,9 @@ def make_config(checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype) -> dict[
         "base_config": base_config,
         "base_model": base_model,
         "blocks_path": family.blocks,
-        "shapes": [plan.shapes(cut) for cut in plan.blocks],
+        **plan.run_time(),
     }
-    biases = [plan.new_biases(cut) for cut in plan.blocks]
-    if any(biases):
-        config["secateur"]["biases"] = biases
-    return config
+    return config | plan.config_keys()
 
 
 def _auto_map(base_config: str, base_model: str) -> dict[str, str]:
@@ -188,10 +193,11 @@ def holds_only_our_code(folder: Path) -> bool:
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     names = config["secateur"]["base_config"], config["secateur"]["base_model"]
+    source = modeling_file(*names, kind_of(config["secateur"]))
     return (
         config.get("auto_map") == _auto_map(*names)
         and [path.name for path in folder.rglob("*.py")] == [MODELING_FILE]
-        and (folder / MODELING_FILE).read_bytes() == modeling_file(*names).encode()
+        and (folder / MODELING_FILE).read_bytes() == source.encode()
     )
 
 

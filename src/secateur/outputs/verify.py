@@ -17,6 +17,8 @@ from secateur.errors import VerifyError
 from secateur.estimate import BASE
 from secateur.masking import masked_hidden
 from secateur.plans import Plan
+from secateur.rotation.original import ProjectedOriginal
+from secateur.rotation.plan import RotationPlan
 from secateur.streaming import Stream
 
 #: Largest difference allowed, as a share of the largest logit: float32 noise of deep sums.
@@ -55,7 +57,9 @@ def verify_folder(
     memory: int | None = None,
     trust_remote_code: bool = True,
 ) -> Verification:
-    """Open ``folder`` in a fresh process and compare it with the masked original.
+    """Open ``folder`` in a fresh process and compare it with the plan in the original's shapes.
+
+    That is zeros and scales, or for a sliced hidden width projections of the stream.
 
     Args:
         memory: bytes that the fresh process may use; by default what is free now. Where the whole
@@ -67,7 +71,11 @@ def verify_folder(
     """
     tokens = _tokens(stream)
     logits: list[torch.Tensor] = []
-    hidden = masked_hidden(stream, plan, tokens, dtype)
+    if isinstance(plan, RotationPlan):
+        stream = ProjectedOriginal(stream, plan, dtype)
+        hidden = stream.forward(tokens)
+    else:
+        hidden = masked_hidden(stream, plan, tokens, dtype)
     stream.head(hidden, tokens, lambda _, window: logits.append(window.cpu()), dtype=dtype)
     parameters = plan.sizes().parameters
     return _compare(folder, tokens, torch.stack(logits), parameters, memory, trust_remote_code)
