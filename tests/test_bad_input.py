@@ -35,7 +35,10 @@ from secateur.outputs.verify import Verification
 
 #: A target that the tiny model of four blocks can reach, and calibration that takes no time.
 SMALL = ("--remove", "5%", "--samples", "4", "--length", "16")
-PROGRESS = re.compile(r"(estimate|layer stage|cutting blocks|continuing|perplexity)[ ,:]")
+PROGRESS = re.compile(
+    r"(estimate|layer stage|cutting blocks|continuing|perplexity|drawing copy \d of the calibration "
+    r"text)[ ,:]"
+)
 DAMAGED = "; fetch it again"
 
 
@@ -715,7 +718,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "method": (("--method", "magic"), "method magic is not known: choose one of comp, <*>obs<*>"),
     "setting": (
         ("--set", "speed=3"),
-        "option of method comp speed is not known: allowed are allocation, cap, <*>",
+        "option of method obs speed is not known: allowed are cap, choice_damping, <*>",
     ),
     "value of a setting": (
         ("--set", "order=size"),
@@ -735,16 +738,16 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "layers": (
         ("--layers", "some"),
-        "option of method comp layers is 'some': <*>, or Input should be 'auto'",
+        "option of method obs layers is 'some': <*>, or Input should be 'auto'",
     ),
     "negative layers": (
         ("--layers", "-1"),
-        "option of method comp layers is '-1': Input should be greater than or equal to 0, or "
+        "option of method obs layers is '-1': Input should be greater than or equal to 0, or "
         "Input should be 'auto'",
     ),
     "strange digit": (
         ("--layers", "²"),
-        "option of method comp layers is '²': <*>, or Input should be 'auto'",
+        "option of method obs layers is '²': <*>, or Input should be 'auto'",
     ),
     "too many layers": (
         ("--layers", "3"),
@@ -852,7 +855,7 @@ RECIPES: dict[str, tuple[str, str]] = {
         "recipe field calibration.windows is not known: allowed are source, samples, length, "
         "text_field, data_dir",
     ),
-    "wrong option": ("remove: 5%\noptions: {cap: 2}", "option of method comp cap is 2: Input "
+    "wrong option": ("remove: 5%\noptions: {cap: 2}", "option of method obs cap is 2: Input "
                      "should be less than 1"),
     "no YAML": ("remove: [", "recipe {file} cannot be read as YAML: <*>"),
     "list": ("- remove: 5%", "recipe {file} does not consist of fields: write one a line, such as "

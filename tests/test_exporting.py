@@ -78,7 +78,14 @@ def write_source(folder: Path, *, seed: int = 0, **settings: Any) -> Path:
 def recipe(**fields: Any) -> Any:
     options = {**OPTIONS, **fields.pop("options", {})}
     return make_recipe(
-        **{"remove": "30%", "of": "decoder", "options": options, "calibration": SHORT, **fields}
+        **{
+            "remove": "30%",
+            "of": "decoder",
+            "method": "comp",
+            "options": options,
+            "calibration": SHORT,
+            **fields,
+        }
     )
 
 

@@ -229,7 +229,7 @@ def written(
             if name in ALIKE:
                 layout = "uniform"
             recipe = make_recipe(
-                remove=share, of="decoder", options=options, layout=layout,
+                remove=share, of="decoder", method="comp", options=options, layout=layout,
                 calibration={"samples": 4, "length": 24},
             )  # fmt: skip
             result = prune(folder, root / f"{name}-{variant}", recipe, verify=False)
@@ -428,7 +428,10 @@ def test_prune_to_a_file_is_prune_and_export(
     """Also where it was interrupted between two tensors."""
     source = source_of("qwen3-tied")
     recipe = make_recipe(
-        remove="20%", options=VARIANTS["per-layer"][1], calibration={"samples": 4, "length": 24}
+        remove="20%",
+        method="comp",
+        options=VARIANTS["per-layer"][1],
+        calibration={"samples": 4, "length": 24},
     )
     folder = prune(source, tmp_path / "folder" / source.name, recipe, verify=False).out
     wanted = export(folder, tmp_path / "wanted.gguf", "q8_0").path
@@ -855,7 +858,10 @@ def test_what_has_no_architecture(model_folder: Callable[[str], Path], tmp_path:
     refused(lambda: export_command(model_folder("opt"), out), opt)
     pruned = prune(
         model_folder("opt"), tmp_path / "pruned",
-        make_recipe(remove="30%", options=EVERYWHERE, calibration={"samples": 4, "length": 24}),
+        make_recipe(
+            remove="30%", method="comp", options=EVERYWHERE,
+            calibration={"samples": 4, "length": 24},
+        ),
         verify=False,
     )  # fmt: skip
     refused(lambda: export_command(pruned.out, out), opt)

@@ -75,6 +75,7 @@ def recipe(remove: str = "30%", options: Mapping[str, Any] | None = None, **fiel
         **{
             "remove": remove,
             "of": "decoder",
+            "method": "comp",
             "options": {**EVERYWHERE, **(options or {})},
             "calibration": SHORT,
             **fields,
@@ -555,7 +556,12 @@ def test_one_width_may_reach_what_widths_of_their_own_cannot(model_folder: Folde
     """By default three of the four blocks are exempt from the latter: nothing to compare with."""
     source = model_folder("llama-gqa-tied")
     made = make_recipe(
-        remove="40%", of="decoder", options={"layers": 0}, calibration=SHORT, layout="uniform"
+        remove="40%",
+        of="decoder",
+        method="comp",
+        options={"layers": 0},
+        calibration=SHORT,
+        layout="uniform",
     )
     result = make_plan(source, made)
     assert result.layout_cost is not None

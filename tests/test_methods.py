@@ -63,7 +63,8 @@ def recipe(case: str, **fields: Any) -> Recipe:
 
 
 def test_every_method_is_here() -> None:
-    assert {method for method, _ in CASES.values()} == set(method_names())
+    rotating = {"slicegpt"}  # cuts no block by itself: tests/test_slicegpt.py
+    assert {method for method, _ in CASES.values()} | rotating == set(method_names())
 
 
 @pytest.mark.parametrize("name", FAMILIES)

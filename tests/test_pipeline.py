@@ -31,7 +31,14 @@ EVERYWHERE = {"exempt_first": 0, "exempt_last": 0, "grid": 8}  # a coarse grid i
 def recipe(remove: str = "20%", of: str = "decoder", **fields: Any) -> Recipe:
     options = {"layers": 0, "denses": "all", **EVERYWHERE, **fields.pop("options", {})}
     return make_recipe(
-        **{"remove": remove, "of": of, "options": options, "calibration": SHORT, **fields}
+        **{
+            "remove": remove,
+            "of": of,
+            "method": "comp",
+            "options": options,
+            "calibration": SHORT,
+            **fields,
+        }
     )
 
 

@@ -46,13 +46,16 @@ def refused(**fields: Any) -> str:
 @pytest.mark.parametrize(
     ("fields", "method"),
     [
-        ({}, "comp"),
-        ({"method": "auto"}, "comp"),
-        ({"calibration": {"samples": 64, "length": 512}}, "obs"),
-        ({"calibration": {"samples": 8, "length": 512}, "method": "auto"}, "obs"),
-        ({"calibration": {"samples": 8, "length": 511}}, "comp"),
-        ({"calibration": {"samples": 64, "length": 512}, "structure": "inputs"}, "comp"),
-        ({"calibration": {"samples": 64, "length": 512}, "method": "flap"}, "flap"),
+        ({}, "obs"),
+        ({"method": "auto"}, "obs"),
+        ({"structure": "coupled"}, "obs"),
+        ({"structure": "inputs"}, "comp"),
+        ({"options": {"cap": 0.5, "refit": False}}, "obs"),
+        ({"options": {"denses": "all"}}, "comp"),
+        ({"options": {"cap": 0.5, "order": "size"}}, "comp"),
+        ({"options": {"speed": 3}}, "obs"),
+        ({"method": "auto", "structure": "inputs"}, "comp"),
+        ({"method": "flap", "structure": "coupled"}, "flap"),
     ],
 )
 def test_the_method_that_auto_is(fields: dict[str, Any], method: str) -> None:
@@ -61,7 +64,7 @@ def test_the_method_that_auto_is(fields: dict[str, Any], method: str) -> None:
 
 def test_defaults() -> None:
     recipe = make_recipe(remove="20%")
-    assert (recipe.method, recipe.of, recipe.seed, recipe.dtype) == ("comp", "model", 0, "auto")
+    assert (recipe.method, recipe.of, recipe.seed, recipe.dtype) == ("obs", "model", 0, "auto")
     assert recipe.options == {}
     calibration = recipe.calibration
     assert (calibration.source, calibration.samples, calibration.length) == ("builtin", 10, 128)

@@ -30,6 +30,7 @@ def made(
     recipe = make_recipe(
         remove="40%",
         of="decoder",
+        method="comp",
         options={"layers": 1, "exempt_first": 0, "exempt_last": 0},
         calibration={"samples": 2, "length": 16},
     )

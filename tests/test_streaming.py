@@ -216,6 +216,7 @@ def test_only_the_block_at_work_has_weights(
         make_recipe(
             remove="30%",
             of="decoder",
+            method="comp",
             options=options,
             calibration={"samples": 4, "length": 16},
         ),

@@ -46,7 +46,7 @@ def run(out: Path, remove: str, source: str | None) -> None:
     if (out / "secateur.json").is_file():
         shutil.rmtree(out)  # an earlier demo's model; prune refuses anything else that stands here
     print(f"pruning {Path(model).name}: {remove} of all parameters, method comp")
-    result = prune(model, out, make_recipe(remove=remove), progress=for_terminal())
+    result = prune(model, out, make_recipe(remove=remove, method="comp"), progress=for_terminal())
     verification = result.verification
     assert verification is not None
     assert result.facts is not None

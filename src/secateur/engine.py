@@ -129,7 +129,7 @@ class Engine:
             ]
             return choice
         if len(counts) > 1:
-            self._statistics_windows(tokens)  # copies of all windows at once, trials see fewer
+            self._resampler.expect(tokens)  # trials ask for fewer
             count, loss = self._best_count(tokens, counts)
         else:
             count, loss = counts[0], None

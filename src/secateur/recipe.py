@@ -20,10 +20,6 @@ BYTE_UNITS = {
 }  # fmt: skip
 
 
-#: Calibration tokens from which fitted weights measure better than tuned scales (docs/obs.md).
-ENOUGH_TO_FIT = 4096
-
-
 class CalibrationSpec(BaseModel):
     """Which text the statistics are taken from."""
 
@@ -56,8 +52,8 @@ class Recipe(BaseModel):
     )
     method: str = Field(
         "auto",
-        description="pruning method; auto: obs where there are 4,096 tokens of calibration text or "
-        "more to fit to, else comp",
+        description="pruning method; auto: obs, which measures best, or comp where structure "
+        "inputs or one of its own settings is asked for",
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="settings of the method; see its page in docs/"
@@ -89,12 +85,11 @@ class Recipe(BaseModel):
         """The method that auto stands for, so that everything downstream and on record names it."""
         if not isinstance(fields, dict) or fields.get("method", "auto") != "auto":
             return fields
-        tokens = 0
-        with suppress(ValidationError):  # which the field itself will raise again
-            spec = CalibrationSpec.model_validate(fields.get("calibration", {}))
-            tokens = spec.samples * spec.length
-        fits = tokens >= ENOUGH_TO_FIT and fields.get("structure") != "inputs"
-        return {**fields, "method": "obs" if fits else "comp"}
+        from secateur.methods import best_method
+
+        options = fields.get("options")
+        named = [str(name) for name in options] if isinstance(options, dict) else []
+        return {**fields, "method": best_method(fields.get("structure"), named)}
 
     @model_validator(mode="before")
     @classmethod

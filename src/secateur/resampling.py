@@ -31,6 +31,10 @@ class Resampler:
         self._source = torch.empty(0, 0, dtype=torch.int64)
         self._copies: list[torch.Tensor] = []
 
+    def expect(self, tokens: torch.Tensor) -> None:
+        """All windows that will be asked for, (windows, length), so that they are copied at once."""
+        self._source, self._copies = tokens, []
+
     def copies(self, tokens: torch.Tensor, times: int) -> torch.Tensor:
         """The first ``times`` copies of these windows.
 
@@ -42,7 +46,7 @@ class Resampler:
         """
         known = self._source[: len(tokens)]
         if known.shape != tokens.shape or not torch.equal(known, tokens):
-            self._source, self._copies = tokens, []
+            self.expect(tokens)
         while len(self._copies) < times:
             last = self._copies[-1] if self._copies else self._source
             self._copies.append(self._next(last, len(self._copies)))

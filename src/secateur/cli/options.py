@@ -20,7 +20,7 @@ Params = Annotated[str | None, typer.Option(help="parameters to be left: 5.4B, 1
 Size = Annotated[str | None, typer.Option(help="bytes of weights to be left: 300MB, 1.5GiB")]
 Of = Annotated[str | None, typer.Option(help="--remove is a share of: model, or decoder")]
 MethodName = Annotated[
-    str | None, typer.Option("--method", help="pruning method [auto: the best for this text]")
+    str | None, typer.Option("--method", help="pruning method [auto: the best, obs]")
 ]
 Layers = Annotated[
     str | None, typer.Option(help="whole blocks to remove: a number, or auto [auto]")

@@ -230,6 +230,22 @@ def method_names() -> list[str]:
     return sorted(_REGISTRY)
 
 
+def best_method(structure: Any, options: Sequence[str]) -> str:
+    """The method that measures best of those that can do what is asked (docs/obs.md).
+
+    Args:
+        structure: of the recipe; only ``comp`` removes inputs of single layers.
+        options: names of the settings that the user gave.
+    """
+    _load_all()
+    for name in ("obs", "comp"):
+        if set(options) <= set(_REGISTRY[name].Options.model_fields) and (
+            name == "comp" or structure != "inputs"
+        ):
+            return name
+    return "obs"  # which will say what settings there are
+
+
 def method_class(name: str) -> type[AnyMethod]:
     """The class of the method called ``name``.
 
