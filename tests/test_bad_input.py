@@ -1162,7 +1162,7 @@ class TestInterrupted:
 def test_a_run_that_finished_nothing_is_no_obstacle(
     run: Run, llama: Path, out: Path, monkeypatch: pytest.MonkeyPatch, no_verification: None
 ) -> None:
-    def stop(*_: object) -> None:
+    def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
