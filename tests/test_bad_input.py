@@ -36,8 +36,8 @@ from secateur.outputs.verify import Verification
 #: A target that the tiny model of four blocks can reach, and calibration that takes no time.
 SMALL = ("--remove", "5%", "--samples", "4", "--length", "16")
 PROGRESS = re.compile(
-    r"(estimate|layer stage|cutting blocks|continuing|perplexity|drawing copy \d of the calibration "
-    r"text)[ ,:]"
+    r"(estimate|layer stage|cutting blocks|continuing|perplexity|"
+    r"drawing copy \d of the calibration text)[ ,:]"
 )
 DAMAGED = "; fetch it again"
 

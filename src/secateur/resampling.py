@@ -32,7 +32,7 @@ class Resampler:
         self._copies: list[torch.Tensor] = []
 
     def expect(self, tokens: torch.Tensor) -> None:
-        """All windows that will be asked for, (windows, length), so that they are copied at once."""
+        """All windows that will be asked for, (windows, length), to copy them at once."""
         self._source, self._copies = tokens, []
 
     def copies(self, tokens: torch.Tensor, times: int) -> torch.Tensor:
