@@ -209,7 +209,8 @@ class RotationRun(Opened):
             "form": {
                 "structure": "rotation",
                 "layout": "uniform",
-                "round_to": self.method.multiple,
+                "round_to": 1,
+                "why": "the hidden width is cut, FFNs stay as they were",
             },
             "plan": plan.summary(),
         }
