@@ -38,7 +38,8 @@ from secateur.recipe import make_recipe
 
 SHORT = {"samples": 4, "length": 24}
 OPTIONS: dict[str, Any] = {"layers": 0, "exempt_first": 0, "exempt_last": 0, "grid": 8}
-WISHES = ("--remove", "30%", "--of", "decoder", "--layers", "0", "--samples", "4", "--length", "24",
+WISHES = ("--method", "comp", "--remove", "30%", "--of", "decoder", "--layers", "0",
+          "--samples", "4", "--length", "24",
           "--set", "exempt_first=0", "--set", "exempt_last=0", "--set", "grid=8")  # fmt: skip
 TYPES = (
     "f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, and through llama.cpp's quantiser q6_k, q5_k_m, "

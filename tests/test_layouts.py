@@ -539,7 +539,7 @@ def test_what_one_width_costs_is_recorded_and_printed(model_folder: Folder, tmp_
         "why": "an FFN of 48 is too narrow for multiples of 32",
         "held_out_loss": cost,
     }
-    said = secateur("plan", source, *SMALL, "--layout", "uniform").fine()
+    said = secateur("plan", source, "--method", "comp", *SMALL, "--layout", "uniform").fine()
     free, same = cost["per-layer"], cost["uniform"]
     assert (
         f"one width for all blocks: perplexity {math.exp(same):.2f} on held-out windows, with "
@@ -750,10 +750,10 @@ OPT = (
         ("many-groups", "out", ("--set", "groups=5"),
          "groups is 5, but every block has 4 KV groups: allowed are 1 to 4, auto and keep"),
         ("many-groups", "out", ("--set", "groups=0"),
-         "option of method comp groups is 0: Input should be greater than or equal to 1, or Input "
+         "option of method obs groups is 0: Input should be greater than or equal to 1, or Input "
          "should be 'auto' or 'keep'"),
         ("many-groups", "out", ("--set", "groups=some"),
-         "option of method comp groups is 'some': Input should be a valid integer, unable to parse "
+         "option of method obs groups is 'some': Input should be a valid integer, unable to parse "
          "string as an integer, or Input should be 'auto' or 'keep'"),
         ("opt", "out", ("--layout", "uniform", "--set", "groups=2"),
          "groups is 2, but the stock class of opt holds 4 KV groups: choose one of these, auto or "

@@ -102,7 +102,7 @@ def _nothing() -> object:
     return nullcontext(({}, {}))
 
 
-@pytest.mark.parametrize(("windows", "length", "copies"), [(10, 128, 4), (64, 512, 0), (2, 16, 8)])
+@pytest.mark.parametrize(("windows", "length", "copies"), [(10, 128, 8), (64, 512, 0), (2, 16, 8)])
 def test_copies_by_default(windows: int, length: int, copies: int) -> None:
     assert get_method("obs", {}, Form("coupled")).copies(windows, length) == copies
     assert get_method("obs", {"refit": False}, Form("coupled")).copies(windows, length) == 0

@@ -16,6 +16,7 @@ import tiny
 import torch
 import yaml
 from commands import secateur as command
+from folders import bytes_of
 from safetensors.torch import load_file, save_file
 from test_kill import KILLED, SERVER
 
@@ -95,10 +96,6 @@ def logits_of(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 def tokens_of(windows: int, length: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, tiny.VOCABULARY, (windows, length), generator=generator)
-
-
-def bytes_of(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
 def damage(folder: Path, layer: str) -> None:

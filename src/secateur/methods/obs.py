@@ -20,7 +20,7 @@ from secateur.plans import BlockCut
 from secateur.solvers.brain_surgeon import GreedyOrder, best_pull, output_error, refit
 
 #: Calibration tokens beyond which copies are not worth their time, and most copies that auto makes.
-ENOUGH_TOKENS = 6_400
+ENOUGH_TOKENS = 12_000
 MOST_COPIES = 8
 
 
@@ -42,7 +42,7 @@ class ObsOptions(StructuredOptions):
     copies: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
         description="copies of the calibration windows with tokens that the model drew anew, to "
-        "fit to as well; auto: as many as make 6,400 tokens of it",
+        "fit to as well; auto: as many as make 12,000 tokens of it",
     )
     steps: int = Field(256, ge=8, description="steps of the greedy removal in each layer")
 
