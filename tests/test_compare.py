@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -91,15 +90,15 @@ def children_of(pid: int) -> list[int]:
 
 
 def gone(pid: int) -> bool:
-    """Whether a process whose parent was killed ends too, soon."""
-    for _ in range(300):
+    """Whether a process whose parent was killed ends too, before it could have done much."""
+    import psutil
+
+    for _ in range(600):
         try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
-            if stat.read().rpartition(")")[2].split()[0] == "Z":
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:  # nobody has asked for it yet
                 return True
+        except psutil.NoSuchProcess:
+            return True
         time.sleep(0.1)
     return False
 

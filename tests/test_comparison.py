@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 import pytest
 from commands import secateur
 
-from secateur.comparison import compare, run
+from secateur.comparison import run
 from secateur.comparison.cells import make_cells
 from secateur.comparison.folder import Folder, differences
+from secateur.comparison.run import compare
 from secateur.comparison.table import Row
 from secateur.errors import OutputError, RecipeError, SourceError
 

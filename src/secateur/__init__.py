@@ -15,7 +15,7 @@ from secateur.errors import SecateurError
 
 if TYPE_CHECKING:
     from secateur.checkpoint import open_checkpoint as open_model
-    from secateur.comparison import compare
+    from secateur.comparison.run import compare
     from secateur.evaluation import evaluate
     from secateur.exporting import export, verify
     from secateur.pipeline import make_plan as plan
@@ -32,7 +32,7 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 _HOMES = {
     "Plan": ("secateur.plans", "Plan"),
     "Recipe": ("secateur.recipe", "Recipe"),
-    "compare": ("secateur.comparison", "compare"),
+    "compare": ("secateur.comparison.run", "compare"),
     "evaluate": ("secateur.evaluation", "evaluate"),
     "export": ("secateur.exporting", "export"),
     "load_recipe": ("secateur.recipe", "load_recipe"),

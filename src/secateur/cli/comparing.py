@@ -96,7 +96,7 @@ def compare(
 
     Exit code 0: all measured. 1: some failed, and their rows say why. 2: nothing was run.
     """
-    from secateur.comparison import compare as run
+    from secateur.comparison.run import compare as run
     from secateur.progress import for_terminal
 
     found = run(

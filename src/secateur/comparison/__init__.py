@@ -1,7 +1,4 @@
-"""Methods, shares and seeds side by side under one protocol."""
+"""Methods, shares and seeds side by side under one protocol; :mod:`~secateur.comparison.run`.
 
-from __future__ import annotations
-
-from secateur.comparison.run import Comparison, compare
-
-__all__ = ["Comparison", "compare"]
+Nothing is imported here: the process of a cell is to watch over its parent before it loads torch.
+"""
