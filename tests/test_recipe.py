@@ -193,7 +193,7 @@ def test_options_of_the_method() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("wanda", {}, "method wanda is not known: choose one of <*>comp, obs"),
+        ("wanda", {}, "method wanda is not known: choose one of comp, <*>obs<*>"),
         ("comp", {"speed": 1}, "option of method comp speed is not known: allowed are <*>"),
         ("comp", {"order": "size"}, "option of method comp order is 'size': Input should be "
          "'condition', <*>"),
