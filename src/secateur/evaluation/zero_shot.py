@@ -24,6 +24,8 @@ TASKS = tuple(LOCAL)
 _MMLU_TAGS = tuple(
     f"mmlu_{part}_tasks" for part in ("stem", "other", "social_sciences", "humanities")
 )
+#: Folders of lm-eval that hold these tasks; to go through all its thousands takes half a minute.
+_FOLDERS = ("super_glue/boolq", "piqa", "sciq", "winogrande", "logiqa", "mmlu/default")
 
 
 @dataclass(frozen=True)
@@ -132,11 +134,15 @@ def _score(harness: Any, task: str, local: Any, limit: int | None) -> TaskScore:
     import logging
 
     import lm_eval
+    from lm_eval.tasks import TaskManager
 
+    folders = [Path(lm_eval.__file__).parent / "tasks" / folder for folder in _FOLDERS]
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     wanted: list[Any]
     if local is not None:
-        wanted = [_over_local_rows(name, task, rows) for name, rows in local.items()]
+        # Only as members of a group do settings go over a definition instead of replacing it.
+        members = [_over_local_rows(name, task, rows) for name, rows in local.items()]
+        wanted = [{"group": f"{task}_local", "task": members}]
     else:
         wanted = list(_MMLU_TAGS) if task == MMLU else [task]
     # lm-eval has bars of its own on standard error.
@@ -145,6 +151,7 @@ def _score(harness: Any, task: str, local: Any, limit: int | None) -> TaskScore:
             found = lm_eval.simple_evaluate(
                 model=harness,
                 tasks=wanted,
+                task_manager=TaskManager(include_path=folders, include_defaults=False),
                 num_fewshot=0,
                 limit=limit,
                 log_samples=False,
