@@ -149,9 +149,9 @@ def by_hand(folder: Path, task: str) -> tuple[float, float]:
         for prompt, continuation in pairs:
             ids = tokenizer(prompt + continuation)["input_ids"]
             count = len(ids) - len(tokenizer(prompt)["input_ids"])
-            ids = ids[-128:]  # positions of the model; one more token may be predicted
+            ids = ids[-129:]  # 128 positions, and one more that is only predicted
             with torch.no_grad():
-                logs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+                logs = model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
             scores.append(
                 sum(float(logs[i - 1, ids[i]]) for i in range(len(ids) - count, len(ids)))
             )
