@@ -16,7 +16,7 @@ from secateur.errors import SecateurError
 if TYPE_CHECKING:
     from secateur.checkpoint import open_checkpoint as open_model
     from secateur.comparison.run import compare
-    from secateur.evaluation import evaluate
+    from secateur.evaluation import evaluate, zero_shot
     from secateur.exporting import export, verify
     from secateur.pipeline import make_plan as plan
     from secateur.plans import Plan
@@ -40,6 +40,7 @@ _HOMES = {
     "plan": ("secateur.pipeline", "make_plan"),
     "prune": ("secateur.pruning", "prune"),
     "verify": ("secateur.exporting", "verify"),
+    "zero_shot": ("secateur.evaluation", "zero_shot"),
 }
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "plan",
     "prune",
     "verify",
+    "zero_shot",
 ]
 
 

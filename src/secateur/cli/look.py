@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from secateur.cli.options import DataDir, Device, Source, TextField, Trust
 from secateur.cli.tables import print_table
+
+if TYPE_CHECKING:
+    from secateur.evaluation.zero_shot import TaskScore
 
 
 def inspect(source: Source, trust_remote_code: Trust = False) -> None:
@@ -77,16 +80,31 @@ def evaluate(
         "The capital of France is"
     ),
     tokens: Annotated[int, typer.Option(min=0, help="tokens to generate; 0: none")] = 32,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="zero-shot accuracy through lm-eval: boolq, piqa, sciq, winogrande, logiqa, mmlu, "
+            "with commas between them"
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="items of each task, of each subject of mmlu [all]"),
+    ] = None,
     device: Device = "cpu",
     trust_remote_code: Trust = False,
 ) -> None:
     """Perplexity of a model, dense or pruned, and a sample of what it writes."""
     from secateur.checkpoint import open_checkpoint
+    from secateur.evaluation import check_tasks, load_whole, require_harness, zero_shot
     from secateur.evaluation import evaluate as run
-    from secateur.evaluation import load_whole
     from secateur.evaluation.speed import generate
     from secateur.progress import for_terminal
 
+    names: list[str] = []
+    if tasks is not None:  # refused before the work begins
+        names = check_tasks([t.strip() for t in tasks.split(",") if t.strip()], limit)
+        require_harness()
     checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
     found = run(
         checkpoint,
@@ -99,6 +117,46 @@ def evaluate(
         progress=for_terminal(),
     )
     print(f"perplexity {found.value:.2f}  ({found.protocol})")
+    if names:
+        scores = zero_shot(
+            checkpoint, names, limit=limit, data_dir=data_dir, device=device,
+            progress=for_terminal(),
+        )  # fmt: skip
+        _print_scores(scores, limit)
     if tokens and prompt:
         sample = generate(load_whole(checkpoint), checkpoint.tokenizer, prompt, tokens)
         print(f"{prompt}{sample}")
+
+
+def _print_scores(scores: list[TaskScore], limit: int | None) -> None:
+    def percent(value: float | None) -> str:
+        return "–" if value is None else f"{100 * value:.1f}"
+
+    print()
+    print_table(
+        ("task", "acc, %", "±", "acc_norm, %", "±", "items", "of"),
+        [
+            (
+                score.task,
+                percent(score.acc),
+                percent(score.acc_error),
+                percent(score.acc_norm),
+                percent(score.acc_norm_error),
+                f"{score.items:,}",
+                f"{score.of:,}" + (f" in {score.subjects} subjects" if score.subjects > 1 else ""),
+            )
+            for score in scores
+        ],
+    )
+    import lm_eval
+
+    many = "subject" if all(score.subjects > 1 for score in scores) else "task"
+    which = "all items" if limit is None else f"--limit {limit}: the first {limit} of each {many}"
+    if limit is not None and many == "task" and any(score.subjects > 1 for score in scores):
+        which += ", of each subject of mmlu"
+    origins = ", ".join(sorted({score.origin for score in scores}))
+    print(
+        f"zero-shot, no examples in the prompt, {which}; ± is one standard error; float32; "
+        f"{origins}; lm-eval {lm_eval.__version__}"
+    )
+    print()
