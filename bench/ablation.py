@@ -24,8 +24,9 @@ from secateur.calibration import consecutive_windows, draw_windows, load_text
 from secateur.checkpoint import open_checkpoint
 from secateur.engine import Engine
 from secateur.forms import Form
-from secateur.methods import get_method
+from secateur.methods import Method, get_method
 from secateur.progress import Progress
+from secateur.sparsity import parse_sparsity
 from secateur.streaming import Stream
 
 
@@ -73,18 +74,22 @@ def main() -> None:
             continue
         began = time.monotonic()
         options = dict(cell)
-        share = float(options.pop("share"))
+        share = float(options.pop("share", 0))  # cells with a sparsity have none
         seed = int(options.pop("seed", 0))
         samples, length = int(options.pop("samples", 10)), int(options.pop("length", 128))
         windows = draw_windows(
             calibration, checkpoint.tokenizer, samples=samples, length=length, seed=seed
         )
+        sparsity = options.pop("sparsity", None)
         form = Form(
             options.pop("structure", "inputs" if "denses" in options else "coupled"),
             options.pop("layout", "per-layer"),
             int(options.pop("round_to", 1)),
+            sparsity=parse_sparsity(str(sparsity)) if sparsity is not None else None,
         )
         method = get_method(str(options.pop("method", "comp")), options, form)
+        assert isinstance(method, Method)
+        method.check(stream.anatomy)
         engine = Engine(
             stream,
             method,
@@ -111,6 +116,8 @@ def main() -> None:
             start += len(tokens)
         before, after = plan.sizes_before(), plan.sizes()
         row["decoder_share"] = round(after.decoder_share_removed(before), 4)
+        if plan.zeros:
+            row["zeros"] = plan.zeros
         row["seconds"] = round(time.monotonic() - began, 1)
         with args.out.open("a") as file:
             file.write(json.dumps(row) + "\n")

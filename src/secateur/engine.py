@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -296,15 +296,18 @@ class Engine:
         hidden: torch.Tensor | None,
         share: Share | None = None,
         late: int = 0,
+        only: set[str] | None = None,
     ) -> tuple[Block, torch.Tensor | None]:
         """A block as a method sees it, with statistics, and what it puts out.
 
         Args:
             share: what the block shall lose; without it, as for a survey, statistics are taken.
             late: windows at the end whose statistics are also kept apart.
+            only: signals of which statistics are taken; without it, all that the method wants.
         """
         anatomy, method = self.stream.anatomy, self.method
         signals = self._signals(1 if share is None else share.parameters)
+        signals = signals if only is None else signals & only
         readers = {signal: anatomy.by_signal[signal][0] for signal in sorted(signals)}
         apart = None
         if hidden is not None and late and readers:
@@ -335,7 +338,8 @@ class Engine:
 
     def _signals(self, quota: int) -> set[str]:
         """Signals whose statistics the cut of a block needs."""
-        return self.method.signals(self.stream.anatomy) if quota > 0 else set()
+        wanted = quota > 0 or self.method.cuts_every_block
+        return self.method.signals(self.stream.anatomy) if wanted else set()
 
     def _pass_on(
         self, layer: int, module: torch.nn.Module, hidden: torch.Tensor | None
@@ -352,9 +356,19 @@ class Engine:
         late: int,
     ) -> tuple[BlockCut, torch.Tensor | None]:
         anatomy = self.stream.anatomy
-        block, out = self._look(layer, module, hidden, share, late)
-        with _finite_statistics(layer):
-            cut = self.method.cut(block, share.parameters)
+        stages = self.method.stages(anatomy) if hidden is not None and share.parameters else []
+        state = state_of(module) if stages else {}
+        cut = BlockCut(layer)
+        for number, only in enumerate(stages or [None]):
+            seen = masked(self.stream, module, state, cut, self.dtype) if number else nullcontext()
+            with seen:
+                block, out = self._look(layer, module, hidden, share, late, only)
+            with _finite_statistics(layer):
+                cut = cut.joined(self.method.cut(block, share.parameters))
+        if stages:
+            module.load_state_dict(
+                {k: v.to(self.stream.device) for k, v in state.items()}, assign=True
+            )
         for named in (cut.inputs, cut.scales, cut.rows, cut.biases):
             named.update({name: tensor.cpu() for name, tensor in named.items()})
         cut.weights = {name: tensor.cpu() for name, tensor in cut.weights.items()}

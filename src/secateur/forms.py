@@ -6,12 +6,14 @@ any work is done.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from secateur.anatomy import Anatomy
 from secateur.errors import OutputError, RecipeError
 from secateur.recipe import Recipe
+from secateur.sparsity import Pattern, parse_sparsity
 
 #: Widths of the FFN are multiples of this where nobody wishes otherwise: tiles of matrix kernels.
 KERNEL = 64
@@ -46,6 +48,7 @@ class Form:
         multiple: kept FFN neurons are a multiple of this.
         reason: why that multiple, for the user.
         groups: numbers of KV groups that a block may keep, rising; None: any.
+        sparsity: the zeros that a sparse method makes.
         no_biases: why the output cannot hold a bias where the model has none; empty: it can.
     """
 
@@ -55,6 +58,7 @@ class Form:
     reason: str = ""
     groups: tuple[int, ...] | None = None
     no_biases: str = ""
+    sparsity: Pattern | None = None
 
     @property
     def uniform(self) -> bool:
@@ -74,6 +78,9 @@ def resolve(
         RecipeError: wishes that contradict each other.
         OutputError: the output cannot hold what was asked.
     """
+    pattern = parse_sparsity(recipe.sparsity) if recipe.sparsity is not None else None
+    if pattern is not None and recipe.then is None:
+        return _same_shapes(recipe, pattern)
     if recipe.structure == "coupled" and "denses" in recipe.options:
         raise RecipeError(
             "denses names the layers that lose inputs one by one, which --structure coupled does "
@@ -113,9 +120,30 @@ def resolve(
             "has: use --structure coupled with --layout uniform"
         )
     multiple, reason = _multiple(recipe, anatomy, target, structure, layout)
+    if pattern is not None and pattern.grouped and recipe.round_to == "auto":
+        whole = math.lcm(multiple, pattern.group)
+        if whole != multiple:
+            multiple, reason = whole, f"{pattern} wants whole groups of {pattern.group}"
     groups = stock_groups if layout == "uniform" else None
     no_biases = _no_biases(anatomy.model_type, target, layout)
-    return Form(structure, layout, multiple, reason, groups, no_biases)
+    return Form(structure, layout, multiple, reason, groups, no_biases, pattern)
+
+
+def _same_shapes(recipe: Recipe, pattern: Pattern) -> Form:
+    """The form of a model that only gets zeros.
+
+    Raises:
+        RecipeError: a wish about shapes, which all stay.
+    """
+    for name in ("structure", "layout", "round_to"):
+        if getattr(recipe, name) != "auto":
+            option = f"--{name.replace('_', '-')}"
+            raise RecipeError(
+                f"{option} says what shapes blocks get, but --sparsity {recipe.sparsity} makes "
+                f"zeros and keeps all shapes: leave out {option}, or remove units first with "
+                "--remove and let --then make zeros"
+            )
+    return Form(layout="uniform", reason="all shapes stay", sparsity=pattern)
 
 
 def _no_biases(model_type: str, target: Target, layout: str) -> str:

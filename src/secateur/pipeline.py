@@ -12,7 +12,9 @@ from secateur.estimate import Estimate, check_memory, estimate, parse_limit
 from secateur.forms import Form, Target, resolve
 from secateur.layers import LayerChoice
 from secateur.methods import Method, get_method, method_class
+from secateur.methods.chain import Chain
 from secateur.methods.rotating import Rotating
+from secateur.methods.sparse import SparseMethod
 from secateur.opening import Opened
 from secateur.outputs import gguf, hf
 from secateur.plans import Plan
@@ -73,21 +75,23 @@ class Run(Opened):
             target=target,
         )
         self.form = self._form()
-        method = get_method(recipe.method, recipe.options, self.form)
-        assert isinstance(method, Method)
-        self.method = method
+        self.method = self._method(self.form)
         if self.target.kind == "gguf":
+            method = self.method
             whole = method.ranking is None or recipe.options.get("layers", "auto") == 0
             uniform = self.form.uniform or not method.cuts_inside
             gguf.check_model(self.stream, uniform=uniform, all_blocks=whole)
-        anatomy = self.stream.anatomy
-        self.method.check(anatomy)
-        self.asked = parameters_to_remove(
-            recipe,
-            parameters=anatomy.parameters,
-            decoder=anatomy.decoder_parameters,
-            bytes_each=self.dtype.itemsize,
-        )
+        anatomy, method = self.stream.anatomy, self.method
+        method.check(anatomy)
+        if isinstance(method, SparseMethod):
+            self.asked = round(method.pattern.share * method.weights(anatomy)) * anatomy.layers
+        else:
+            self.asked = parameters_to_remove(
+                recipe,
+                parameters=anatomy.parameters,
+                decoder=anatomy.decoder_parameters,
+                bytes_each=self.dtype.itemsize,
+            )
         self.engine = Engine(
             self.stream,
             self.method,
@@ -102,6 +106,17 @@ class Run(Opened):
             progress.note(line)
         check_memory(self.estimate, max_memory)
         self.windows = self._calibrate()
+
+    def _method(self, form: Form) -> Method:
+        """The recipe's method for models of this form, with what comes after it."""
+        recipe = self.recipe
+        method = get_method(recipe.method, recipe.options, form)
+        assert isinstance(method, Method)
+        if recipe.then is None:
+            return method
+        zeros = get_method(recipe.then, recipe.then_options, form)
+        assert isinstance(zeros, SparseMethod)
+        return Chain(method, zeros)
 
     def _estimate(self) -> Estimate:
         spec, config = self.recipe.calibration, self.checkpoint.config
@@ -140,12 +155,7 @@ class Run(Opened):
         """
         if not self.form.uniform or not self.method.cuts_inside:
             return None
-        free = get_method(
-            self.recipe.method,
-            self.recipe.options,
-            replace(self.form, layout="per-layer", groups=None),
-        )
-        assert isinstance(free, Method)
+        free = self._method(replace(self.form, layout="per-layer", groups=None))
         losses = {}
         for layout, method in (("per-layer", free), ("uniform", self.method)):
             engine = Engine(
@@ -175,8 +185,15 @@ class Run(Opened):
         return {
             **self.provenance(),
             "method_options": self.method.options.model_dump(),
-            "asked": {"parameters_removed": self.asked},
-            "reached": {"parameters_removed": plan.gone},
+            "asked": (
+                {"parameters_removed": 0, "zeros": self.asked}
+                if self.method.makes_zeros
+                else {"parameters_removed": self.asked}
+            ),
+            "reached": {
+                "parameters_removed": plan.gone,
+                **({"zeros": plan.zeros} if self.recipe.sparsity else {}),
+            },
             "layer_stage": {
                 "importances": {str(k): round(v, 6) for k, v in choice.importances.items()},
                 "removed_in_order": choice.removed,

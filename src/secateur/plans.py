@@ -27,8 +27,8 @@ class BlockCut:
         inputs: kept inputs of a linear layer, ascending, (q',) int64.
         scales: factor of each kept input, (q',) float32.
         rows: kept rows of a linear layer, ascending, (p',) int64.
-        weights: new weights of the kept inputs of a linear layer, all its rows, (p, q') float32;
-            they stand in the place of the original ones and of scales.
+        weights: new weights of what a linear layer keeps, (p', q') float32, as they are in the
+            file; they stand in the place of the original ones and of scales.
         biases: new biases of a linear layer, all its rows, (p,) float32; in the place of the
             original ones, or where there was none.
         groups: kept KV groups, ascending, (g',) int64, where whole groups went; else None.
@@ -51,6 +51,23 @@ class BlockCut:
         # Coupled layers share one index tensor; a file wants each name to have its own.
         flat = {f"{k}.{name}": t.clone() for k, named in parts.items() for name, t in named.items()}
         return flat if self.groups is None else {**flat, "groups.kept": self.groups.clone()}
+
+    def joined(self, other: BlockCut) -> BlockCut:
+        """This cut and another of other layers of the block; where both name one, the other's."""
+        notes = dict(self.notes)
+        for key, value in other.notes.items():
+            both = isinstance(value, dict) and isinstance(notes.get(key), dict)
+            notes[key] = {**notes[key], **value} if both else value
+        return BlockCut(
+            self.source,
+            {**self.inputs, **other.inputs},
+            {**self.scales, **other.scales},
+            {**self.rows, **other.rows},
+            {**self.weights, **other.weights},
+            {**self.biases, **other.biases},
+            other.groups if other.groups is not None else self.groups,
+            notes,
+        )
 
     @classmethod
     def of(
@@ -198,6 +215,11 @@ class Plan:
         """Parameters that went, of those that the target is a share of."""
         return self.sizes_before().parameters - self.sizes().parameters
 
+    @property
+    def zeros(self) -> int:
+        """Weights that a sparse method made zero; they are in the file like all others."""
+        return sum(sum(cut.notes.get("zeros", {}).values()) for cut in self.blocks)
+
     def run_time(self) -> dict[str, Any]:
         """What the modelling file has to know, for the config's entry ``secateur``."""
         biases = [self.new_biases(cut) for cut in self.blocks]
@@ -243,7 +265,11 @@ def check_cut(anatomy: Anatomy, cut: BlockCut) -> None:
                 f"{where}: {name} keeps {len(kept)} inputs but has {len(cut.scales[name])} scales"
             )
     for name, weight in cut.weights.items():
-        shape = (anatomy.denses[name].rows, len(cut.inputs.get(name, ())))
+        full = anatomy.denses[name]
+        shape = (
+            len(cut.rows[name]) if name in cut.rows else full.rows,
+            len(cut.inputs[name]) if name in cut.inputs else full.inputs,
+        )
         if tuple(weight.shape) != shape:
             raise PlanError(
                 f"{where}: new weights of {name} are {tuple(weight.shape)}, they should be {shape}"
@@ -375,6 +401,8 @@ def slice_block(state: Tensors, plan: Plan, cut: BlockCut, dtype: torch.dtype) -
     """
     state = {**state, **{f"{name}.bias": bias for name, bias in cut.biases.items()}}
     out = {k: _cast(v, dtype) for k, v in state.items()}
+    for name in cut.weights.keys() - cut.inputs.keys() - cut.rows.keys():
+        out[f"{name}.weight"] = _cast(cut.weights[name], dtype)
     for name, (kept_in, full_in, kept_out, full_out) in plan.shapes(cut).items():
         weight = _scaled(state[f"{name}.weight"], cut, name)
         if name in cut.inputs:
@@ -398,7 +426,7 @@ def mask_block(state: Tensors, cut: BlockCut, dtype: torch.dtype) -> Tensors:
     """
     state = {**state, **{f"{name}.bias": bias for name, bias in cut.biases.items()}}
     out = {k: _cast(_cast(v, dtype), torch.float32) for k, v in state.items()}
-    for name in {*cut.inputs, *cut.rows}:
+    for name in {*cut.inputs, *cut.rows, *cut.weights}:
         weight = _scaled(state[f"{name}.weight"], cut, name)
         keep = torch.zeros_like(weight, dtype=torch.bool)
         inputs = cut.inputs.get(name, torch.arange(weight.shape[1]))
@@ -416,8 +444,10 @@ def _scaled(weight: torch.Tensor, cut: BlockCut, name: str) -> torch.Tensor:
     """W in float32, its kept columns times their scales, or replaced by new ones."""
     weight = weight.to(torch.float32)
     if name in cut.weights:
+        rows = cut.rows.get(name, torch.arange(weight.shape[0]))
+        inputs = cut.inputs.get(name, torch.arange(weight.shape[1]))
         weight = torch.zeros_like(weight)
-        weight[:, cut.inputs[name]] = cut.weights[name]
+        weight[rows[:, None], inputs] = cut.weights[name]
     if name in cut.scales:
         factor = torch.ones(weight.shape[1])
         factor[cut.inputs[name]] = cut.scales[name]

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from secateur.errors import RecipeError
+from secateur.sparsity import parse_sparsity
 
 PARAMETER_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 BYTE_UNITS = {
@@ -47,6 +48,11 @@ class Recipe(BaseModel):
     )
     params: str | None = Field(None, description="parameters to be left: 5.4B, 100M")
     size: str | None = Field(None, description="bytes of weights to be left: 300MB, 1.5GiB")
+    sparsity: str | None = Field(
+        None,
+        description="zeros among the weights of each linear layer: a share, 50%, or N of every M "
+        "inputs kept, 2:4; the model keeps its size",
+    )
     of: Literal["model", "decoder"] = Field(
         "model", description="what --remove is a share of: all parameters, or the decoder blocks"
     )
@@ -57,6 +63,13 @@ class Recipe(BaseModel):
     )
     options: dict[str, Any] = Field(
         default_factory=dict, description="settings of the method; see its page in docs/"
+    )
+    then: str | None = Field(
+        None,
+        description="method that makes --sparsity zeros in what is left after --method has removed",
+    )
+    then_options: dict[str, Any] = Field(
+        default_factory=dict, description="settings of that method"
     )
     calibration: CalibrationSpec = Field(default_factory=CalibrationSpec)
     structure: Literal["auto", "coupled", "inputs"] = Field(
@@ -83,13 +96,22 @@ class Recipe(BaseModel):
     @classmethod
     def _best_method(cls, fields: Any) -> Any:
         """The method that auto stands for, so that everything downstream and on record names it."""
-        if not isinstance(fields, dict) or fields.get("method", "auto") != "auto":
+        if not isinstance(fields, dict):
+            return fields
+        for key in ("method", "then"):  # which of two methods of one name is meant, is clear
+            zeros = fields.get("sparsity") is not None and (
+                key == "then" or fields.get("then") is None
+            )
+            if zeros and fields.get(key) == "random":
+                fields = {**fields, key: "random-sparse"}
+        if fields.get("method", "auto") != "auto":
             return fields
         from secateur.methods import best_method
 
         options = fields.get("options")
         named = [str(name) for name in options] if isinstance(options, dict) else []
-        return {**fields, "method": best_method(fields.get("structure"), named)}
+        zeros = fields.get("sparsity") is not None and fields.get("then") is None
+        return {**fields, "method": best_method(fields.get("structure"), named, zeros=zeros)}
 
     @model_validator(mode="before")
     @classmethod
@@ -112,11 +134,31 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _one_target(self) -> Recipe:
         given = [name for name in ("remove", "params", "size") if getattr(self, name) is not None]
-        if len(given) != 1:
-            said = " and ".join(f"--{name}" for name in given) or "none of them"
-            raise ValueError(f"give exactly one of --remove, --params and --size, not {said}")
+        zeros = self.sparsity is not None and self.then is None
+        if len(given) + zeros != 1:
+            said = " and ".join(f"--{name}" for name in [*given, *["sparsity"] * zeros])
+            raise ValueError(
+                "give exactly one of --remove, --params, --size and --sparsity, not "
+                f"{said or 'none of them'}"
+                + ("; --then METHOD makes zeros after a removal" if given and zeros else "")
+            )
         if self.of == "decoder" and self.remove is None:
             raise ValueError("--of decoder goes with --remove")
+        if self.then is not None and self.sparsity is None:
+            raise ValueError(f"--then {self.then} needs the zeros to make: add --sparsity 2:4")
+        if self.then_options and self.then is None:
+            raise ValueError("then_options are settings of --then, which is not given")
+        return self
+
+    @model_validator(mode="after")
+    def _fitting_methods(self) -> Recipe:
+        """Whether methods that make zeros have a sparsity, and others something to remove."""
+        from secateur.methods import check_makes_zeros
+
+        zeros = self.sparsity is not None and self.then is None
+        check_makes_zeros(self.method, zeros, "--method")
+        if self.then is not None:
+            check_makes_zeros(self.then, True, "--then")
         return self
 
 
@@ -142,6 +184,8 @@ def make_recipe(**fields: Any) -> Recipe:
         ) from error
     if recipe.remove is not None:
         parse_share(recipe.remove)
+    if recipe.sparsity is not None:
+        parse_sparsity(recipe.sparsity)
     return recipe
 
 
@@ -172,10 +216,16 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
     options = raw.get("options") or {}
     if isinstance(options, dict):
         options = {**options, **overrides.pop("options", {})}
-    if any(overrides.get(name) is not None for name in ("remove", "params", "size")):
-        replaced = {"remove", "params", "size"}
-        if overrides.get("remove") is None:
-            replaced.add("of")  # says what a share is of, and there is no share any more
+    targets = {"remove", "params", "size", "sparsity"}
+    if any(overrides.get(name) is not None for name in targets):
+        # A sparsity behind a removal is another matter: the one does not replace the other.
+        chained = "then" in raw or overrides.get("then") is not None
+        removal = any(overrides.get(name) is not None for name in targets - {"sparsity"})
+        replaced = targets
+        if chained:
+            replaced = {"remove", "params", "size"} if removal else {"sparsity"}
+        if "remove" in replaced and overrides.get("remove") is None:
+            replaced = replaced | {"of"}  # says what a share is of, and there is no share any more
         raw = {k: v for k, v in raw.items() if k not in replaced}
     merged = {**raw, **overrides, "calibration": calibration, "options": options}
     return make_recipe(**merged)

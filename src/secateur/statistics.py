@@ -55,6 +55,15 @@ class Moments:
             self.second + other.second, self.total + other.total, self.tokens + other.tokens
         )
 
+    def of(self, inputs: torch.Tensor) -> Moments:
+        """The moments of some of the inputs."""
+        return Moments(self.second[inputs][:, inputs], self.total[inputs], self.tokens)
+
+    def channels(self) -> Channels:
+        """Mean and variance of each input by itself."""
+        squares = self.second.diagonal() - self.total.square() / max(1, self.tokens)
+        return Channels(self.mean, squares.clamp(min=0), self.tokens)
+
     @property
     def covariance(self) -> torch.Tensor:
         """H / T = E[x x^T], (q, q), float64."""

@@ -47,6 +47,10 @@ def compare(
     remove: Annotated[
         str | None, typer.Option(help="shares to remove: 10%,20%,30% [a recipe's own target]")
     ] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(help="zeros to make, for methods that make them: 50%,2:4"),
+    ] = None,
     of: Of = None,
     seeds: Annotated[
         str | None, typer.Option(help="seeds of everything that is drawn: 0,1,2 [0]")
@@ -105,6 +109,7 @@ def compare(
         methods=_listed(methods),
         recipes=_listed(recipes),
         remove=_listed(remove),
+        sparsity=_listed(sparsity),
         seeds=_seeds(seeds),
         texts=_listed(texts),
         text_field=text_field or "text",

@@ -18,6 +18,24 @@ Remove = Annotated[
 ]
 Params = Annotated[str | None, typer.Option(help="parameters to be left: 5.4B, 100M")]
 Size = Annotated[str | None, typer.Option(help="bytes of weights to be left: 300MB, 1.5GiB")]
+Sparsity = Annotated[
+    str | None,
+    typer.Option(
+        help="zeros instead: a share of each layer, 50%, or N of every M inputs kept, 2:4; the "
+        "model keeps its size"
+    ),
+]
+Then = Annotated[
+    str | None,
+    typer.Option(help="method that makes --sparsity zeros in what --method has left"),
+]
+Solution = Annotated[
+    str | None, typer.Option(help="apt: mask and compensation by single or multiple removal: MM")
+]
+Allocation = Annotated[
+    str | None,
+    typer.Option(help="sparsity of layers: uniform, error, or owl [uniform]"),
+]
 Of = Annotated[str | None, typer.Option(help="--remove is a share of: model, or decoder")]
 MethodName = Annotated[
     str | None, typer.Option("--method", help="pruning method [auto: the best, obs]")
@@ -93,6 +111,20 @@ def recipe_fields(layers: str | None, settings: list[str] | None, **fields: Any)
             raise RecipeError(f"--set {setting}: {value!r} cannot be read as YAML") from error
     if layers is not None:
         options["layers"] = int(layers) if layers.isdecimal() else layers
+    for_zeros = {
+        name: fields.pop(name)
+        for name in ("solution", "allocation")
+        if fields.get(name) is not None
+    }
+    then = {n.removeprefix("then."): options.pop(n) for n in [*options] if n.startswith("then.")}
+    if fields.get("then") is None:
+        options |= for_zeros
+        if then:
+            raise RecipeError(
+                f"--set then.{next(iter(then))} is a setting of --then, which is not given"
+            )
+    else:
+        fields["then_options"] = then | for_zeros
     calibration = {
         name: fields.pop(key)
         for key, name in (
@@ -101,5 +133,5 @@ def recipe_fields(layers: str | None, settings: list[str] | None, **fields: Any)
         )
         if fields.get(key) is not None
     }  # fmt: skip
-    given = {key: value for key, value in fields.items() if value is not None}
+    given = {key: value for key, value in fields.items() if value not in (None, {})}
     return {**given, "calibration": calibration, "options": options}

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from secateur.cli.options import (
+    Allocation,
     Calibration,
     DataDir,
     Device,
@@ -26,9 +27,12 @@ from secateur.cli.options import (
     Seed,
     Set,
     Size,
+    Solution,
     Source,
+    Sparsity,
     Structure,
     TextField,
+    Then,
     Trust,
     recipe_of,
 )  # fmt: skip
@@ -43,8 +47,12 @@ def prune(
     remove: Remove = None,
     params: Params = None,
     size: Size = None,
+    sparsity: Sparsity = None,
     of: Of = None,
     method: MethodName = None,
+    then: Then = None,
+    solution: Solution = None,
+    allocation: Allocation = None,
     layers: Layers = None,
     settings: Set = None,
     calibration: Calibration = None,
@@ -76,6 +84,7 @@ def prune(
 
     asked = recipe_of(
         recipe, layers, settings, remove=remove, params=params, size=size, of=of, method=method,
+        sparsity=sparsity, then=then, solution=solution, allocation=allocation,
         calibration=calibration, text_field=text_field, data_dir=data_dir, samples=samples,
         length=length, structure=structure, layout=layout, round_to=round_to, seed=seed,
         dtype=dtype,
@@ -104,8 +113,12 @@ def plan(
     remove: Remove = None,
     params: Params = None,
     size: Size = None,
+    sparsity: Sparsity = None,
     of: Of = None,
     method: MethodName = None,
+    then: Then = None,
+    solution: Solution = None,
+    allocation: Allocation = None,
     layers: Layers = None,
     settings: Set = None,
     calibration: Calibration = None,
@@ -129,6 +142,7 @@ def plan(
 
     asked = recipe_of(
         recipe, layers, settings, remove=remove, params=params, size=size, of=of, method=method,
+        sparsity=sparsity, then=then, solution=solution, allocation=allocation,
         calibration=calibration, text_field=text_field, data_dir=data_dir, samples=samples,
         length=length, structure=structure, layout=layout, round_to=round_to, seed=seed,
         dtype=dtype,

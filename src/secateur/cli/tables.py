@@ -40,6 +40,10 @@ def print_blocks(result: PlanResult) -> None:
             f"{name.rsplit('.', 1)[-1]} {shape[0]}x{shape[2]}"
             for name, shape in result.plan.shapes(cut).items()
         )
+        zeros = sum(cut.notes.get("zeros", {}).values())
+        if zeros:
+            left = anatomy.block_parameters - gone
+            sizes = f"{sizes}{', ' if sizes else ''}{zeros / left:.1%} zeros"
         rows.append(
             (
                 str(cut.source),
@@ -136,6 +140,11 @@ def print_result(result: PlanResult) -> None:
             ),
         ],
     )
+    if result.form.sparsity is not None:
+        _print_zeros(result)
+        if not gone:
+            _print_cost(result)
+            return
     whole, name = before.parameters, "the model"
     if rotated is not None and rotated.of == "decoder":  # the rest of the model changes too
         whole, name = before.decoder, "the blocks"
@@ -155,6 +164,19 @@ def print_result(result: PlanResult) -> None:
             if free is not None
             else f"one width for all blocks: perplexity {math.exp(same):.2f} on held-out windows"
         )
+    _print_cost(result)
+
+
+def _print_zeros(result: PlanResult) -> None:
+    """How many weights are zero, and what that is good for."""
+    from secateur.methods.sparse import SAME_SIZE
+
+    zeros, decoder = result.plan.zeros, result.plan.sizes().decoder
+    asked = f", asked {result.asked:,}" if not result.plan.gone else ""
+    print(f"zeros {zeros:,}{asked} ({zeros / decoder:.1%} of the blocks' parameters); {SAME_SIZE}")
+
+
+def _print_cost(result: PlanResult) -> None:
     print(f"weights {result.bytes_written / 1e6:.1f} MB")
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result.seconds.items())
     print(f"took {spent}; peak memory {result.peak_memory / 2**20:.0f} MiB")

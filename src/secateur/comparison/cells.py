@@ -28,10 +28,15 @@ class Cell:
     def asked(self) -> str:
         """What is to go or to be left, for the table: ``20% of the decoder``."""
         recipe = self.recipe
+        zeros = f"{recipe.sparsity} zeros" if recipe.sparsity is not None else ""
+        if zeros and recipe.then is None:
+            return zeros
         if recipe.remove is not None:
-            return f"{recipe.remove} of {'the decoder' if recipe.of == 'decoder' else 'all'}"
-        left = recipe.params if recipe.params is not None else recipe.size
-        return f"{left} {'parameters' if recipe.params is not None else ''}".strip() + " left"
+            gone = f"{recipe.remove} of {'the decoder' if recipe.of == 'decoder' else 'all'}"
+        else:
+            left = recipe.params if recipe.params is not None else recipe.size
+            gone = f"{left} {'parameters' if recipe.params is not None else ''}".strip() + " left"
+        return f"{gone}, {zeros}" if zeros else gone
 
     @property
     def name(self) -> str:
@@ -46,6 +51,7 @@ def make_cells(
     methods: Sequence[str] = (),
     recipes: Sequence[str | Path] = (),
     remove: Sequence[str] = (),
+    sparsity: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
     **fields: Any,
 ) -> list[Cell]:
@@ -56,6 +62,7 @@ def make_cells(
         recipes: YAML files; each is a setting called by the file's name. Fields given here win
             over those in the file.
         remove: shares, such as ``20%``. A recipe that has its own target needs none.
+        sparsity: zeros, such as ``50%`` or ``2:4``, for the methods that make them.
         seeds: of everything that is drawn; by default a recipe's own, and 0.
         fields: recipe fields that hold for every cell. In ``options``, ``comp.order`` is the
             option ``order`` of the rows of method ``comp`` alone.
@@ -64,9 +71,9 @@ def make_cells(
         RecipeError: nothing to compare, an unknown method, option or field, or two settings of one
             name.
     """
-    from secateur.methods import get_method
+    from secateur.methods import get_method, method_class
 
-    _check(methods, recipes, remove, fields)
+    _check(methods, recipes, remove, sparsity, fields)
     own: dict[str, dict[str, Any]] = {}
     common: dict[str, Any] = {}
     for name, value in (fields.pop("options", None) or {}).items():
@@ -76,10 +83,17 @@ def make_cells(
         else:
             common[name] = value
 
-    def cell(setting: str | Path, share: str | None, seed: int | None) -> Cell:
+    def makes_zeros(setting: str | Path) -> bool:
+        if isinstance(setting, Path):
+            return load_recipe(setting).sparsity is not None
+        # Of random there are two; where nothing is to be removed, zeros are meant.
+        name = "random-sparse" if setting == "random" and not remove else setting
+        return bool(getattr(method_class(name), "makes_zeros", False))
+
+    def cell(setting: str | Path, target: tuple[str, str] | None, seed: int | None) -> Cell:
         given: dict[str, Any] = {**fields, "options": dict(common)}
-        if share is not None:
-            given["remove"] = share
+        if target is not None:
+            given[target[0]] = target[1]
         if seed is not None:
             given["seed"] = seed
         if isinstance(setting, str):
@@ -99,12 +113,20 @@ def make_cells(
     settings: list[str | Path] = list(dict.fromkeys(methods))
     settings += dict.fromkeys(Path(recipe) for recipe in recipes)
     every_seed: list[int | None] = list(dict.fromkeys(seeds)) if seeds else [None]
-    every_share: list[str | None] = list(dict.fromkeys(remove)) if remove else [None]
+    targets = [("remove", share) for share in dict.fromkeys(remove)]
+    targets += [("sparsity", zeros) for zeros in dict.fromkeys(sparsity)]
+    kinds = {setting: "sparsity" if makes_zeros(setting) else "remove" for setting in settings}
+    for setting, kind in kinds.items():
+        if isinstance(setting, str) and kind not in {name for name, _ in targets}:
+            other = "--remove 20%" if kind == "remove" else "--sparsity 50%,2:4"
+            raise RecipeError(f"--methods {setting} needs a target of its kind: give {other}")
+    alone = [s for s, kind in kinds.items() if kind not in {name for name, _ in targets}]
     found = [
-        cell(setting, share, seed)
+        cell(setting, target, seed)
         for seed in every_seed
-        for share in every_share
+        for target in [None, *targets]
         for setting in settings
+        if (setting in alone if target is None else kinds[setting] == target[0])
     ]
     _check_cells(found, own)
     return found
@@ -114,6 +136,7 @@ def _check(
     methods: Sequence[str],
     recipes: Sequence[str | Path],
     remove: Sequence[str],
+    sparsity: Sequence[str],
     fields: Mapping[str, Any],
 ) -> None:
     if not methods and not recipes:
@@ -121,7 +144,7 @@ def _check(
             "there is nothing to compare: name methods with --methods comp,obs, or recipe files "
             "with --recipes a.yaml,b.yaml"
         )
-    if methods and not remove:
+    if methods and not remove and not sparsity:
         raise RecipeError("--methods needs shares to remove: give --remove 10%,20%,30%")
     for single, several in (("seed", "seeds"), ("method", "methods")):
         if single in fields:

@@ -48,6 +48,7 @@ def compare(
     methods: Sequence[str] = (),
     recipes: Sequence[str | Path] = (),
     remove: Sequence[str] = (),
+    sparsity: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
     texts: Sequence[str] = (),
     text_field: str = "text",
@@ -71,7 +72,7 @@ def compare(
     Args:
         source: the model: folder, GGUF file or hub id.
         out: folder of the comparison.
-        methods, recipes, remove, seeds, fields: the cells, see
+        methods, recipes, remove, sparsity, seeds, fields: the cells, see
             :func:`~secateur.comparison.cells.make_cells`; ``fields`` are those of a recipe that
             hold for all: ``of``, ``calibration``, ``options``, ``layout``.
         texts: evaluation texts besides the built-in passages: named sets, or text or JSONL files.
@@ -88,7 +89,9 @@ def compare(
     where = {"text_field": text_field, "data_dir": None if data_dir is None else str(data_dir)}
     given = {name: value for name, value in where.items() if value not in (None, "text")}
     fields["calibration"] = {**given, **fields.get("calibration", {})}
-    cells = make_cells(methods=methods, recipes=recipes, remove=remove, seeds=seeds, **fields)
+    cells = make_cells(
+        methods=methods, recipes=recipes, remove=remove, sparsity=sparsity, seeds=seeds, **fields
+    )
     reading = {"length": window_length, "windows": windows, **where}
     with Folder(local_path(out), local_path(source)) as folder:
         for cell in cells:

@@ -144,14 +144,15 @@ def make_table(
 
 #: Fields of a result that stand among its measures.
 _IN_MEASURES = {
-    "share_removed", "decoder_share_removed", "perplexity", "seconds", "peak_memory",
+    "share_removed", "decoder_share_removed", "zeros", "perplexity", "seconds", "peak_memory",
     "gpu_peak_memory", "wall",
 }  # fmt: skip
 
 
 def measures(result: Result) -> dict[str, float]:
     """The numbers of one measured cell by the key of their column."""
-    plain = ("share_removed", "decoder_share_removed", "seconds", "peak_memory", "gpu_peak_memory")
+    plain = ("share_removed", "decoder_share_removed", "zeros", "seconds", "peak_memory",
+             "gpu_peak_memory")  # fmt: skip
     found = {key: float(result[key]) for key in plain if key in result}
     for text, value in result["perplexity"].items():
         found[f"perplexity {text}"] = float(value)
@@ -160,9 +161,11 @@ def measures(result: Result) -> dict[str, float]:
 
 def make_columns(settings: Mapping[str, Any], results: Mapping[str, Result]) -> list[Column]:
     """The columns of a comparison: shares, quality, cost."""
+    zeros = any("zeros" in result for result in results.values())
     columns = [
         Column("share_removed", "removed of all, %", 2, 100),
         Column("decoder_share_removed", "of the decoder, %", 2, 100),
+        *([Column("zeros", "zeros in the decoder, %", 2, 100)] if zeros else []),
         *(
             Column(f"perplexity {text}", f"perplexity, {short_name(text)}", 2)
             for text in settings["evaluation"]

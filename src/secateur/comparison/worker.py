@@ -144,6 +144,7 @@ class Maker:
         return {
             "share_removed": summary["share_removed"],
             "decoder_share_removed": summary["decoder_share_removed"],
+            **({"zeros": result.plan.zeros / sizes.decoder} if result.plan.zeros else {}),
             "parameters": sizes.parameters,
             "seconds": seconds,
             "peak_memory": memory.peak,

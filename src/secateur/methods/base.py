@@ -29,7 +29,8 @@ class Share:
     Attributes:
         parameters: together.
         inputs: numbers of inputs by linear layer, where the method fixes them for all blocks at
-            once (:meth:`Method.allocate`); else it is for the cut of the block to find them.
+            once (:meth:`Method.allocate`); else it is for the cut of the block to find them. Of a
+            sparse method, numbers of weights.
     """
 
     parameters: int
@@ -108,6 +109,8 @@ class Method(AnyMethod):
     ranking: ClassVar[Literal["influence", "loss"] | None] = "influence"
     #: Statistics of the signals: second moments, or mean, variance and norm of each channel.
     needs: ClassVar[Literal["moments", "channels"]] = "moments"
+    #: Whether it makes weights zero and removes nothing; parameters to be lost are weights then.
+    makes_zeros: ClassVar[bool] = False
     #: Whether anything goes inside blocks.
     cuts_inside: ClassVar[bool] = True
 
@@ -146,6 +149,14 @@ class Method(AnyMethod):
     def signals(self, anatomy: Anatomy) -> set[str]:
         """Signals of which statistics are needed; none need no run of the model."""
         return set()
+
+    def stages(self, anatomy: Anatomy) -> list[set[str]]:
+        """Signals in groups whose readers are cut one group after the other, in order of the data.
+
+        Statistics of a group see the block with the groups before it cut. By default there are
+        none: one look at the whole block is enough.
+        """
+        return []
 
     def quotas(self, anatomy: Anatomy, importances: dict[int, float], total: int) -> Quotas:
         """Parameters that remaining blocks shall lose, ``total`` together; none by default.
@@ -196,6 +207,11 @@ class Method(AnyMethod):
         """Whether a block's miss of its quota is made up for by the next: pieces of two sizes."""
         return False
 
+    @property
+    def cuts_every_block(self) -> bool:
+        """Whether blocks that shall lose nothing are cut too, and so need statistics."""
+        return False
+
     @abstractmethod
     def cut(self, block: Block, quota: int) -> BlockCut:
         """Choose what stays of one block so that ``quota`` parameters go."""
@@ -230,13 +246,16 @@ def method_names() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def best_method(structure: Any, options: Sequence[str]) -> str:
+def best_method(structure: Any, options: Sequence[str], *, zeros: bool = False) -> str:
     """The method that measures best of those that can do what is asked (docs/obs.md).
 
     Args:
         structure: of the recipe; only ``comp`` removes inputs of single layers.
         options: names of the settings that the user gave.
+        zeros: whether weights become zero and nothing is removed.
     """
+    if zeros:
+        return "apt"
     _load_all()
     for name in ("obs", "comp"):
         if set(options) <= set(_REGISTRY[name].Options.model_fields) and (
@@ -256,6 +275,32 @@ def method_class(name: str) -> type[AnyMethod]:
     if name not in _REGISTRY:
         raise RecipeError(f"method {name} is not known: choose one of {', '.join(names)}")
     return _REGISTRY[name]
+
+
+def check_makes_zeros(name: str, zeros: bool, option: str) -> None:
+    """Whether the method is of the kind that the recipe's target asks for; unknown ones pass.
+
+    Args:
+        zeros: whether zeros are asked for.
+        option: where the user said so.
+
+    Raises:
+        ValueError: it is of the other kind.
+    """
+    _load_all()
+    kinds = {key: getattr(cls, "makes_zeros", False) for key, cls in _REGISTRY.items()}
+    if name not in kinds or kinds[name] == zeros:
+        return
+    others = ", ".join(sorted(key for key, kind in kinds.items() if kind == zeros))
+    if zeros:
+        raise ValueError(
+            f"{option} {name} removes parameters and makes no zeros: with --sparsity choose one of "
+            f"{others}"
+        )
+    raise ValueError(
+        f"{option} {name} makes zeros and removes no parameters: give it --sparsity 50% or 2:4, or "
+        f"choose one of {others}"
+    )
 
 
 def get_method(name: str, options: dict[str, Any], form: Form | None = None) -> AnyMethod:

@@ -43,6 +43,9 @@ def model_card(plan: Plan, record: dict[str, Any], *, source: str, stock: bool) 
             f" One width for all blocks costs {rise:.1%} of perplexity against own widths, "
             "on calibration windows kept out of the statistics."
         )
+    zeros = record["reached"].get("zeros")
+    tags = ["sparse"] * bool(zeros)
+    header["tags"] = [*header["tags"], *tags]
     recipe = yaml.safe_dump(record["recipe"], sort_keys=True, allow_unicode=True).rstrip()
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).rstrip()}
@@ -59,7 +62,7 @@ training.
 | in decoder blocks | {before.decoder:,} | {after.decoder:,} | {of_decoder:.2%} |
 | blocks | {plan.anatomy.layers} | {len(plan.blocks)} | {len(plan.removed_layers)} |
 
-Asked was the removal of {record["asked"]["parameters_removed"]:,} parameters.
+{asked_for(record)}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -81,3 +84,23 @@ The recipe, with which the same command gives the same bytes:
 shows it all in pictures, with the time and memory of one run: it is the one file that is not the
 same each time. The licence is that of the original model.
 """
+
+
+def asked_for(record: dict[str, Any]) -> str:
+    """What was to go, in a sentence or two; and of zeros, that they make nothing smaller.
+
+    Args:
+        record: the content of ``secateur.json``.
+    """
+    from secateur.methods.sparse import SAME_SIZE
+
+    asked, zeros = record["asked"], record["reached"].get("zeros")
+    gone = f"Asked was the removal of {asked['parameters_removed']:,} parameters."
+    if zeros is None:
+        return gone
+    pattern = f"--sparsity {record['recipe']['sparsity']}"
+    if "zeros" in asked:
+        made = f"Asked were {asked['zeros']:,} zeros ({pattern}), made were {zeros:,}"
+    else:
+        made = f"{gone} What is left has {zeros:,} zeros ({pattern})"
+    return f"{made}: {SAME_SIZE}."

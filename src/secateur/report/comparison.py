@@ -90,13 +90,17 @@ def _command(table: Table, name: str) -> str:
 def _share(table: Table) -> Column:
     """The share that the horizontal axis is of: what the command asked for."""
     columns = {column.key: column for column in table.columns}
+    measured = [row for row in table.rows[1:] if row.values]
+    if measured and all("zeros" in row.values for row in measured):
+        return columns["zeros"]
     decoder = all("decoder" in row.asked for row in table.rows[1:])
     return columns["decoder_share_removed" if decoder else "share_removed"]
 
 
 def _quality(table: Table, rows: list[Row], labels: list[str]) -> list[dict[str, str]]:
     share = _share(table)
-    of = "the decoder's parameters" if share.key.startswith("decoder") else "all parameters"
+    of = "all parameters" if share.key == "share_removed" else "the decoder's parameters"
+    done = "made zero" if share.key == "zeros" else "removed"
     charts = []
     for text, about in table.settings["evaluation"].items():
         column = next(c for c in table.columns if c.key == f"perplexity {text}")
@@ -109,7 +113,7 @@ def _quality(table: Table, rows: list[Row], labels: list[str]) -> list[dict[str,
                     spread.median,
                     spread.low,
                     spread.high,
-                    f"{row.asked} asked, {row.values[share.key].text(share)}% of {of} removed, "
+                    f"{row.asked} asked, {row.values[share.key].text(share)}% of {of} {done}, "
                     f"perplexity {spread.text(column)}",
                 )
                 for row in rows
@@ -121,7 +125,7 @@ def _quality(table: Table, rows: list[Row], labels: list[str]) -> list[dict[str,
             continue
         svg = line_chart(
             series,
-            x_title=f"removed of {of}, %",
+            x_title=f"{done} of {of}, %",
             y_title=f"perplexity on {short_name(text)}",
             log=True,
             baseline=(f"dense {column.text(dense)}", dense),

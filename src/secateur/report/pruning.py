@@ -85,6 +85,7 @@ def pruning_page(record: Mapping[str, Any], facts: RunFacts) -> str:
         asked=record["asked"]["parameters_removed"],
         reached=record["reached"]["parameters_removed"],
         off=_off(record),
+        zeros=_zeros(record),
         form=record["form"],
         layout_cost=_layout_cost(record),
         perplexity=[
@@ -138,6 +139,13 @@ def _sizes(record: Mapping[str, Any], bytes_each: int) -> list[tuple[str, str, s
     which = f"{len(gone)} ({', '.join(map(str, gone))})" if gone else "0"
     rows.append(("blocks", str(kept + len(gone)), str(kept), which))
     return rows
+
+
+def _zeros(record: Mapping[str, Any]) -> str:
+    """What zeros there are, and what they are good for; empty where none were asked for."""
+    from secateur.outputs.card import asked_for
+
+    return asked_for(dict(record)) if "zeros" in record["reached"] else ""
 
 
 def _off(record: Mapping[str, Any]) -> str:

@@ -1,0 +1,87 @@
+"""APT (Zhao et al., Findings of EMNLP 2024, arXiv 2410.15567): many weights removed at once.
+
+Equations, our readings and what each was measured to do stand in ``docs/apt.md``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from secateur.anatomy import Anatomy
+from secateur.methods.base import Block, register
+from secateur.methods.sparse import SparseMethod, SparseOptions
+from secateur.solvers.compensation import polish
+from secateur.solvers.patterns import removal_sets
+from secateur.solvers.removal import Removal, remove, without_dead
+
+
+class AptOptions(SparseOptions):
+    """Settings of APT."""
+
+    solution: Literal["SS", "SM", "MS", "MM"] = Field(
+        "MM",
+        description="mask, then compensation: S by single removal, M by multiple removal, as in "
+        "the paper",
+    )
+    block: int | Literal["all"] = Field(
+        128,
+        description="columns that are removed together before they are frozen; all: the optimum "
+        "for the mask, at a multiple of the time",
+    )
+    damping: float = Field(0.01, gt=0, description="of H, as a share of mean diag H")
+    rounds: int = Field(
+        4,
+        ge=1,
+        description="parts in which an unstructured mask by M is chosen, each scored anew on what "
+        "the others leave",
+    )
+    compete: Literal["layer", "row"] = Field(
+        "layer", description="unstructured weights compete in the whole layer, or in their row"
+    )
+    polish: int = Field(
+        10,
+        ge=0,
+        description="steps of conjugate gradients on all kept weights behind the blocks, where "
+        "compensation is by M",
+    )
+
+
+@register
+class Apt(SparseMethod):
+    """See the module and ``docs/apt.md``."""
+
+    name = "apt"
+    summary = "zeros by optimal removal of many weights at once, unstructured and N:M"
+    Options = AptOptions
+    options: AptOptions
+
+    def check(self, anatomy: Anatomy) -> None:
+        super().check(anatomy)
+        if self.pattern.grouped and self.options.solution[0] == "M":
+            removal_sets(self.pattern.kept, self.pattern.group)  # says where there are too many
+
+    def sparse(self, block: Block, name: str, weight: torch.Tensor, count: int) -> torch.Tensor:
+        options, second = self.options, self.second(block, name)
+        how = Removal(
+            mask_by="M" if options.solution[0] == "M" else "S",
+            compensate_by="M" if options.solution[1] == "M" else "S",
+            block=None if options.block == "all" else options.block,
+            damping=options.damping,
+            scope=options.compete,
+            rounds=options.rounds,
+        )
+        found = remove(weight, second, self.pattern, count, how)
+        if how.compensate_by == "S" or not options.polish:
+            return found.weight
+        original, second = without_dead(weight, second)
+        return polish(
+            found.weight,
+            found.mask,
+            original,
+            second,
+            damping=options.damping,
+            steps=options.polish,
+        )

@@ -1,0 +1,154 @@
+"""First a method that removes, then one that makes zeros in what is left, in one pass.
+
+What a block's linear layers read does not change when units that feed other inputs go, so the
+second moments that the first method saw hold for the second one too: only those of the inputs that
+stay. (They are those of the block before its cut; zeros see the cut prefix, not the cut inside
+their own block.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from secateur.anatomy import Anatomy
+from secateur.errors import RecipeError
+from secateur.methods.base import Block, Method, Quotas, Shares
+from secateur.methods.sparse import SparseMethod
+from secateur.plans import BlockCut
+from secateur.statistics import Moments
+
+
+class Chain(Method):
+    """The recipe's ``method`` and, behind it, its ``then``. It is no method of its own to a user.
+
+    Args:
+        first: removes blocks and units.
+        second: makes zeros.
+    """
+
+    def __init__(self, first: Method, second: SparseMethod) -> None:
+        super().__init__(first.options, first.form)
+        self._first = first
+        self._second = second
+        # What the engine reads from the class is the first method's here.
+        self.name = first.name  # type: ignore[misc]
+        self.held_out = first.held_out  # type: ignore[misc]
+        self.resampled = first.resampled  # type: ignore[misc]
+        self.ranking = first.ranking  # type: ignore[misc]
+
+    def check(self, anatomy: Anatomy) -> None:
+        self._first.check(anatomy)
+        self._second.check(anatomy)
+        if self.form.structure == "inputs":
+            raise RecipeError(
+                "--then makes zeros in whole units that stay, but --structure inputs removes "
+                "columns of single layers: use --structure coupled"
+            )
+        pattern = self._second.pattern
+        if pattern.grouped and self.form.multiple % pattern.group:
+            raise RecipeError(
+                f"sparsity {pattern} wants widths in groups of {pattern.group}, but FFN widths are "
+                f"multiples of {self.form.multiple}: try --round-to 32"
+            )
+        if self._second.options.allocation != "uniform":
+            raise RecipeError(
+                f"allocation is {self._second.options.allocation}, but behind a removal zeros are "
+                "shared out evenly: use --allocation uniform"
+            )
+
+    def notes(self, anatomy: Anatomy) -> list[str]:
+        return [*self._first.notes(anatomy), *self._second.notes(anatomy)]
+
+    # ---- as the first method says ------------------------------------------------------------
+
+    def layer_counts(self, worth: float) -> Sequence[int]:
+        return self._first.layer_counts(worth)
+
+    @property
+    def looks_again(self) -> bool:
+        return self._first.looks_again
+
+    def candidates(self, layers: Sequence[int]) -> Sequence[int]:
+        return self._first.candidates(layers)
+
+    def layer_importance(self, inputs: torch.Tensor, outputs: torch.Tensor) -> float:
+        return self._first.layer_importance(inputs, outputs)
+
+    def copies(self, windows: int, length: int) -> int:
+        return self._first.copies(windows, length)
+
+    def quotas(self, anatomy: Anatomy, importances: dict[int, float], total: int) -> Quotas:
+        return self._first.quotas(anatomy, importances, total)
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self._first.looks_ahead
+
+    def survey(self, block: Block) -> Any:
+        return self._first.survey(self._for_first(block))
+
+    def allocate(
+        self,
+        anatomy: Anatomy,
+        layers: Sequence[int],
+        importances: dict[int, float],
+        surveys: Mapping[int, Any],
+        total: int,
+    ) -> Shares:
+        return self._first.allocate(anatomy, layers, importances, surveys, total)
+
+    def unit(self, anatomy: Anatomy) -> int:
+        return self._first.unit(anatomy)
+
+    @property
+    def carries(self) -> bool:
+        return self._first.carries
+
+    # ---- both --------------------------------------------------------------------------------
+
+    @property
+    def cuts_every_block(self) -> bool:
+        """Zeros come into blocks that lose nothing too."""
+        return True
+
+    @property
+    def identical_inputs(self) -> bool:
+        return False
+
+    def signals(self, anatomy: Anatomy) -> set[str]:
+        return self._first.signals(anatomy) | self._second.signals(anatomy)
+
+    def _for_first(self, block: Block) -> Block:
+        if self._first.needs == "moments":
+            return block
+        return replace(block, channels={k: v.channels() for k, v in block.moments.items()})
+
+    def cut(self, block: Block, quota: int) -> BlockCut:
+        cut = self._first.cut(self._for_first(block), quota) if quota else BlockCut(block.source)
+        anatomy, second = block.anatomy, self._second
+        weights: dict[str, torch.Tensor] = dict(cut.weights)
+        lose: dict[str, int] = {}
+        slim: dict[str, torch.Tensor] = {}
+        moments: dict[str, Moments] = {}
+        for name in second.layers(anatomy):
+            dense = anatomy.denses[name]
+            kept = cut.inputs.get(name, torch.arange(dense.inputs))
+            rows = cut.rows.get(name, torch.arange(dense.rows))
+            whole = weights.get(name, block.weights[name][:, kept])
+            if name in cut.scales:
+                whole = whole * cut.scales[name]
+            slim[name] = whole[rows]
+            lose[name] = round(second.pattern.share * slim[name].numel())
+            if dense.reads in block.moments:
+                moments[dense.reads] = block.moments[dense.reads].of(kept)
+        left = replace(block, weights=slim, moments=moments, lose=lose)
+        zeros = second.cut(left, sum(lose.values()))
+        weights |= zeros.weights
+        done = cut.joined(BlockCut(block.source, notes={"zeros": zeros.notes["zeros"]}))
+        done.weights = weights
+        done.scales = {name: s for name, s in cut.scales.items() if name not in zeros.weights}
+        return done

@@ -1,0 +1,486 @@
+"""Methods that make zeros: the same checks as for those that remove, and what is their own."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders import bytes_of
+from test_kill import KILLED, SERVER
+from test_outputs import logits_of, modules_cache, random_tokens, reopen
+
+from secateur.anatomy import Anatomy
+from secateur.checkpoint import open_checkpoint
+from secateur.comparison.cells import make_cells
+from secateur.errors import RecipeError, SecateurError
+from secateur.masking import masked_hidden
+from secateur.methods import get_method, method_class, method_names
+from secateur.methods.sparse import SAME_SIZE
+from secateur.pipeline import make_plan
+from secateur.pruning import prune
+from secateur.recipe import Recipe, load_recipe, make_recipe
+from secateur.solvers.removal import Removal, remove
+from secateur.solvers.sparsity_budget import by_error, by_outliers, error_curve, outlier_ratio
+from secateur.sparsity import parse_sparsity
+from secateur.streaming import Stream
+
+__all__ = ["modules_cache"]  # a fixture that runs by itself
+
+Folder = Callable[[str], Path]
+FAMILIES = ["llama-gqa-tied", "llama-biases", "opt"]
+#: Method, sparsity and options, as many as go different ways.
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "magnitude": ("magnitude", "50%", {}),
+    "magnitude rows": ("magnitude", "2:4", {"compete": "row"}),
+    "random": ("random-sparse", "30%", {}),
+    "wanda": ("wanda", "50%", {}),
+    "wanda 1:4": ("wanda", "1:4", {"scope": "layer"}),
+    "wanda owl": ("wanda", "60%", {"allocation": "owl"}),
+    "sparsegpt": ("sparsegpt", "50%", {"block": 16, "scope": "block"}),
+    "sparsegpt 2:4": ("sparsegpt", "2:4", {}),
+    "apt": ("apt", "60%", {}),
+    "apt error": ("apt", "50%", {"allocation": "error"}),
+    "apt SM": ("apt", "50%", {"solution": "SM", "polish": 0}),
+    "apt MS": ("apt", "2:4", {"solution": "MS"}),
+    "apt all": ("apt", "4:8", {"block": "all", "scope": "layer"}),
+}
+TO_KILL = ["apt", "wanda owl"]
+
+
+def recipe(case: str, **fields: Any) -> Recipe:
+    method, sparsity, options = CASES[case]
+    return make_recipe(
+        **{
+            "sparsity": sparsity, "method": method, "options": options,
+            "calibration": {"samples": 3, "length": 20}, **fields,
+        }
+    )  # fmt: skip
+
+
+def test_every_method_is_here() -> None:
+    zeros = {n for n in method_names() if getattr(method_class(n), "makes_zeros", False)}
+    assert {method for method, _, _ in CASES.values()} == zeros
+
+
+def linear_weights(model: Any, anatomy: Anatomy) -> list[dict[str, torch.Tensor]]:
+    blocks = model.get_submodule(anatomy.family.blocks)
+    return [{n: b.get_parameter(f"{n}.weight") for n in anatomy.denses} for b in blocks]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("case", CASES)
+def test_the_folder_computes_what_the_plan_says(
+    case: str, name: str, model_folder: Folder, tmp_path: Path
+) -> None:
+    source, asked = model_folder(name), recipe(case)
+    done = prune(source, tmp_path / "out", asked, verify=False)
+    plan, anatomy = done.plan, done.plan.anatomy
+    assert plan.sizes() == plan.sizes_before()
+    assert make_plan(source, asked).plan.zeros == plan.zeros
+    model = reopen(done.out)
+    assert type(model).__module__.startswith("transformers.")  # a stock class
+    config = json.loads((done.out / "config.json").read_text())
+    assert "auto_map" not in config
+
+    # The zeros are as many as were asked for, where they were asked for.
+    pattern = parse_sparsity(asked.sparsity or "")
+    zeros = weights = 0
+    for block in linear_weights(model, anatomy):
+        for weight in block.values():
+            gone = weight == 0
+            zeros, weights = zeros + int(gone.sum()), weights + gone.numel()
+            if pattern.grouped:
+                kept = (~gone).unflatten(1, (-1, pattern.group)).sum(2)
+                assert bool((kept == pattern.kept).all())
+            elif asked.options.get("allocation", "uniform") == "uniform":
+                assert abs(int(gone.sum()) - pattern.share * gone.numel()) <= 1
+    assert zeros == plan.zeros
+    assert abs(zeros / weights - pattern.share) < 2e-3
+
+    stream, tokens = Stream(open_checkpoint(source)), random_tokens(2, 12)
+    found: list[torch.Tensor] = []
+    hidden = masked_hidden(stream, plan, tokens, torch.float32)
+    stream.head(hidden, tokens, lambda _, window: found.append(window))
+    torch.testing.assert_close(logits_of(model, tokens), torch.stack(found), rtol=1e-4, atol=1e-4)
+    whole = torch.stack(found).clone()
+    found.clear()
+    stream.head(stream.forward(tokens), tokens, lambda _, window: found.append(window))
+    assert (whole - torch.stack(found)).abs().max() > 1e-2  # and something was lost
+
+
+def test_it_is_verified_and_says_that_it_is_no_smaller(
+    model_folder: Folder, tmp_path: Path
+) -> None:
+    done = prune(model_folder("llama-gqa-tied"), tmp_path / "out", recipe("apt"))
+    assert done.verification is not None
+    card = (done.out / "README.md").read_text()
+    page = (done.out / "report.html").read_text()
+    asked = f"Asked were {done.asked:,} zeros (--sparsity 60%), made were {done.plan.zeros:,}"
+    for text in (card, page):
+        assert f"{asked}: {SAME_SIZE}." in text
+    assert "- sparse" in card
+    record = json.loads((done.out / "secateur.json").read_text())
+    assert record["reached"] == {"parameters_removed": 0, "zeros": done.plan.zeros}
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "opt"])
+@pytest.mark.parametrize("scope", ["block", "sublayer", "layer"])
+def test_statistics_see_what_was_cut_before(scope: str, name: str, model_folder: Folder) -> None:
+    """Against the whole model in memory, its weights replaced one stage after the other."""
+    from transformers import AutoModelForCausalLM
+
+    source = model_folder(name)
+    checkpoint = open_checkpoint(source)
+    run_options = {"block": 16, "scope": scope}
+    asked = make_recipe(
+        method="sparsegpt", sparsity="50%", options=run_options,
+        calibration={"samples": 3, "length": 20},
+    )  # fmt: skip
+    from secateur.pipeline import Run
+    from secateur.progress import Progress
+
+    run = Run(
+        source, asked, device="cpu", max_memory=None, trust_remote_code=False, progress=Progress()
+    )
+    plan, _, _ = run.find()
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    blocks = model.get_submodule(plan.anatomy.family.blocks)
+    denses = plan.anatomy.denses
+    stages: list[list[str]] = []
+    for path in denses:
+        last = stages[-1][0] if stages else ""
+        alike = {
+            "block": True,
+            "sublayer": last.rpartition(".")[0] == path.rpartition(".")[0],
+            "layer": last != "" and denses[last].reads == denses[path].reads,
+        }[scope]
+        if stages and alike:
+            stages[-1].append(path)
+        else:
+            stages.append([path])
+    assert len(stages) == {"block": 1, "sublayer": 2, "layer": 4}[scope]
+    for block, cut in zip(blocks, plan.blocks, strict=True):
+        for stage in stages:
+            seen: dict[str, list[torch.Tensor]] = {path: [] for path in stage}
+            hooks = [
+                block.get_submodule(p).register_forward_pre_hook(
+                    lambda _, args, into=seen[p]: into.append(
+                        args[0].reshape(-1, args[0].shape[-1])
+                    )
+                )
+                for p in stage
+            ]
+            with torch.no_grad():
+                model(input_ids=run.windows.tokens)
+            for hook in hooks:
+                hook.remove()
+            for path in stage:
+                x = torch.cat(seen[path]).double()
+                weight = block.get_parameter(f"{path}.weight")
+                how = Removal("S", "S", 16, 0.01, shrinking=True)
+                count = round(weight.numel() / 2)
+                wanted = remove(
+                    weight.detach(), x.T @ x / len(x), parse_sparsity("50%"), count, how
+                )
+                close = (cut.weights[path] - wanted.weight).abs()
+                assert float(close.median()) < 1e-4  # a tie may fall the other way
+                assert float((close > 1e-3).double().mean()) < 0.02
+                with torch.no_grad():
+                    weight.copy_(cut.weights[path])
+    assert checkpoint.config.num_hidden_layers == len(plan.blocks)
+
+
+@pytest.fixture(scope="module")
+def forked(model_folder: Folder) -> Any:
+    """Prune in a fork, to its end or to the moment at which it is killed; see test_kill."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+
+    def ask(case: str, out: Path, at: int | None = None) -> tuple[int, list[str]]:
+        request = {
+            "source": str(model_folder("llama-gqa-tied")), "out": str(out), "at": at,
+            "recipe": recipe(case).model_dump(),
+        }  # fmt: skip
+        print(json.dumps(request), file=server.stdin, flush=True)
+        answer = json.loads(server.stdout.readline())  # type: ignore[union-attr]
+        said = answer["said"] or {"error": None, "moments": []}
+        assert said["error"] is None
+        return answer["status"], said["moments"]
+
+    yield ask
+    server.stdin.close()
+    assert server.wait(timeout=60) == 0
+
+
+@pytest.mark.parametrize("case", TO_KILL)
+def test_killed_and_gone_on_with(case: str, forked: Any, tmp_path: Path) -> None:
+    status, moments = forked(case, tmp_path / "whole")
+    assert status == 0
+    wanted = bytes_of(tmp_path / "whole")
+    for at in [i for i, name in enumerate(moments) if name.startswith("after line")]:
+        out = tmp_path / str(at) / "out"
+        assert forked(case, out, at)[0] == KILLED
+        assert forked(case, out)[0] == 0
+        assert bytes_of(out) == wanted
+
+
+# ---- shared out ------------------------------------------------------------------------------
+
+
+def test_error_curves_are_sums_of_single_losses() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(100, 10, generator=generator)
+    second, weight = (x.T @ x).double() / 100, torch.randn(7, 10, generator=generator)
+    curve = error_curve(weight, second)
+    h = second + 0.01 * second.diagonal().mean() * torch.eye(10).double()
+    scores = (weight.double().square() / torch.linalg.inv(h).diagonal()).flatten().sort()[0]
+    whole = float((weight.double() @ h).mul(weight.double()).sum())
+    assert curve[0] == 0
+    assert curve[50] == pytest.approx(float(scores[:35].sum()) / whole)
+
+
+def test_zeros_go_where_they_cost_least() -> None:
+    """At equal price: brute force over two layers of two blocks."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(100, 8, generator=generator)
+    second = (x.T @ x).double() / 100
+    sizes = {"a": 80, "b": 160}
+    surveys = {
+        b: {
+            n: error_curve(torch.randn(s // 8, 8, generator=generator).pow(1 + 2 * b), second)
+            for n, s in sizes.items()
+        }
+        for b in (0, 1)
+    }
+    counts = by_error(surveys, sizes, 0.5, 0.2)
+    assert sum(sum(c.values()) for c in counts.values()) == 240
+    shares = {(b, n): counts[b][n] / sizes[n] for b in counts for n in sizes}
+    assert all(0.3 - 0.02 <= share <= 0.7 + 0.02 for share in shares.values())
+
+    def total(at: dict[tuple[int, str], float]) -> float:
+        return sum(surveys[b][n][min(99, round(100 * s))] for (b, n), s in at.items())
+
+    assert total(shares) < total(dict.fromkeys(shares, 0.5))
+    for first, other in itertools.permutations(
+        shares, 2
+    ):  # no exchange of a few points between two layers is better
+        moved = {
+            **shares,
+            first: shares[first] + 0.04,
+            other: shares[other] - 0.04 * sizes[first[1]] / sizes[other[1]],
+        }
+        if all(0.3 <= s <= 0.7 for s in moved.values()):
+            assert total(moved) >= total(shares) - 2e-3
+
+
+def test_blocks_with_more_outliers_get_fewer_zeros() -> None:
+    sizes = {"a": 1000, "b": 3000}
+    surveys = {0: {"a": 0.02, "b": 0.02}, 1: {"a": 0.0, "b": 0.0}, 2: {"a": 0.01, "b": 0.01}}
+    counts = by_outliers(surveys, sizes, 0.6, 0.08)
+    shares = [counts[b]["b"] / 3000 for b in range(3)]
+    assert shares == pytest.approx([0.52, 0.68, 0.60], abs=1e-3)
+    assert sum(sum(c.values()) for c in counts.values()) == round(0.6 * 3 * 4000)
+
+
+def test_outliers_are_scores_far_above_the_mean() -> None:
+    weight = torch.ones(2, 50)
+    weight[0, 0] = 400
+    assert outlier_ratio(weight, torch.eye(50).double(), 5) == pytest.approx(0.01)
+
+
+# ---- after a removal -------------------------------------------------------------------------
+
+
+def test_zeros_after_units_went(model_folder: Folder, tmp_path: Path) -> None:
+    source = model_folder("llama-gqa-tied")
+    asked = make_recipe(
+        remove="20%", of="decoder", method="obs", then="apt", sparsity="2:4",
+        options={"layers": 0, "exempt_first": 0, "exempt_last": 0, "grid": 8, "copies": 0},
+        round_to="auto", calibration={"samples": 4, "length": 20},
+    )  # fmt: skip
+    done = prune(source, tmp_path / "out", asked)
+    plan = done.plan
+    assert done.verification is not None
+    assert plan.gone > 0
+    model = reopen(done.out)
+    for block in linear_weights(model, plan.anatomy):
+        for weight in block.values():
+            kept = (weight != 0).unflatten(1, (-1, 4)).sum(2)
+            assert bool((kept <= 2).all())
+            assert float((weight == 0).double().mean()) == pytest.approx(0.5, abs=0.02)
+    assert plan.zeros == sum(
+        int((w == 0).sum()) for b in linear_weights(model, plan.anatomy) for w in b.values()
+    )
+    card = (done.out / "README.md").read_text()
+    assert f"What is left has {plan.zeros:,} zeros (--sparsity 2:4): {SAME_SIZE}." in card
+
+
+def test_behind_a_removal_the_units_are_those_of_the_removal(model_folder: Folder) -> None:
+    source = model_folder("opt")
+    fields: dict[str, Any] = {
+        "remove": "30%", "of": "decoder", "method": "comp",
+        "options": {"layers": 0, "exempt_first": 0, "exempt_last": 0, "grid": 8,
+                    "inputs": "identical"},
+        "calibration": {"samples": 4, "length": 20},
+    }  # fmt: skip
+    alone = make_plan(source, make_recipe(**fields)).plan
+    both = make_plan(source, make_recipe(**fields, then="wanda", sparsity="50%")).plan
+    first, chained = alone.blocks[0], both.blocks[0]  # later ones see another prefix
+    assert first.inputs.keys() == chained.inputs.keys()
+    for name, kept in first.inputs.items():
+        assert torch.equal(kept, chained.inputs[name])
+    assert not chained.scales
+
+
+# ---- mistakes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"method": "apt", "remove": "20%"},
+            "--method apt makes zeros and removes no parameters: give it --sparsity 50% or 2:4, or "
+            "choose one of ",
+        ),
+        (
+            {"method": "comp", "sparsity": "50%"},
+            "--method comp removes parameters and makes no zeros: with --sparsity choose one of ",
+        ),
+        (
+            {"method": "obs", "remove": "20%", "then": "flap", "sparsity": "50%"},
+            "--then flap removes parameters and makes no zeros: with --sparsity choose one of ",
+        ),
+        (
+            {"remove": "20%", "then": "apt"},
+            "--then apt needs the zeros to make: add --sparsity 2:4",
+        ),
+        (
+            {"remove": "20%", "sparsity": "50%"},
+            "give exactly one of --remove, --params, --size and --sparsity, not --remove and "
+            "--sparsity; --then METHOD makes zeros after a removal",
+        ),
+        (
+            {"sparsity": "50%", "then_options": {"rounds": 1}},
+            "then_options are settings of --then, which is not given",
+        ),
+    ],
+)
+def test_recipes_that_contradict_themselves(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        make_recipe(**fields)
+    assert str(caught.value).startswith(said)
+
+
+def test_the_best_method_and_random_by_their_target() -> None:
+    assert make_recipe(sparsity="50%").method == "apt"
+    assert make_recipe(sparsity="50%", method="random").method == "random-sparse"
+    assert make_recipe(remove="20%", method="random").method == "random"
+    chained = make_recipe(remove="20%", then="random", sparsity="2:4")
+    assert (chained.method, chained.then) == ("obs", "random-sparse")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"options": {"leave": ["mlp.gate"]}},
+            "leave names mlp.gate, which is no linear layer of a llama block: there are "
+            "self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.o_proj, "
+            "mlp.gate_proj, mlp.up_proj, mlp.down_proj",
+        ),
+        (
+            {"sparsity": "2:5"},
+            "sparsity 2:5 wants inputs in groups of 5, but self_attn.q_proj has 32: leave it out "
+            "with --set leave='[self_attn.q_proj]', or choose a group that divides it",
+        ),
+        (
+            {"sparsity": "2:4", "options": {"allocation": "error"}},
+            "allocation is error, but 2:4 gives every layer the same sparsity: use --allocation "
+            "uniform, or a share such as --sparsity 50%",
+        ),
+        (
+            {"sparsity": "95%", "options": {"allocation": "owl"}},
+            "spread is 0.08, which takes layers of sparsity 95% below 0% or to 100%: lower it with "
+            "--set spread",
+        ),
+        (
+            {"method": "magnitude", "options": {"allocation": "owl"}},
+            "allocation is owl, but method magnitude reads no text to tell layers apart by: use "
+            "--allocation uniform, or --method wanda",
+        ),
+        (
+            {"layout": "uniform"},
+            "--layout says what shapes blocks get, but --sparsity 50% makes zeros and keeps all "
+            "shapes: leave out --layout, or remove units first with --remove and let --then make "
+            "zeros",
+        ),
+        (
+            {
+                "remove": "20%",
+                "method": "obs",
+                "then": "apt",
+                "then_options": {"allocation": "owl"},
+            },
+            "allocation is owl, but behind a removal zeros are shared out evenly: use --allocation "
+            "uniform",
+        ),
+        (
+            {"remove": "20%", "method": "comp", "then": "apt", "structure": "inputs"},
+            "--then makes zeros in whole units that stay, but --structure inputs removes columns "
+            "of single layers: use --structure coupled",
+        ),
+    ],
+)
+def test_what_this_model_cannot_have(
+    fields: dict[str, Any], said: str, model_folder: Folder
+) -> None:
+    with pytest.raises(SecateurError) as caught:
+        make_plan(model_folder("llama-gqa-tied"), make_recipe(**{"sparsity": "50%", **fields}))
+    assert str(caught.value) == said
+
+
+def test_a_layer_that_stays_dense(model_folder: Folder) -> None:
+    asked = recipe("apt", options={"leave": ["self_attn.v_proj"]})
+    plan = make_plan(model_folder("llama-gqa-tied"), asked).plan
+    assert all("self_attn.v_proj" not in cut.notes["zeros"] for cut in plan.blocks)
+
+
+def test_recipe_files(tmp_path: Path) -> None:
+    """A removal on the command line replaces the file's, not the zeros behind it."""
+    file = tmp_path / "both.yaml"
+    file.write_text("remove: 20%\nof: decoder\nthen: apt\nsparsity: '2:4'\n")
+    assert load_recipe(file, remove="30%").sparsity == "2:4"
+    assert load_recipe(file, params="100M").sparsity == "2:4"
+    assert load_recipe(file, sparsity="50%").remove == "20%"
+    file.write_text("remove: 20%\n")
+    assert load_recipe(file, sparsity="50%", method="apt").remove is None
+
+
+def test_cells_of_both_kinds() -> None:
+    cells = make_cells(methods=["comp", "apt"], remove=["20%"], sparsity=["50%", "2:4"])
+    assert [(c.label, c.asked) for c in cells] == [
+        ("comp", "20% of all"), ("apt", "50% zeros"), ("apt", "2:4 zeros")
+    ]  # fmt: skip
+    assert [c.name for c in cells][1:] == ["apt-50-zeros-seed0", "apt-2-4-zeros-seed0"]
+    with pytest.raises(RecipeError) as caught:
+        make_cells(methods=["comp", "apt"], remove=["20%"])
+    assert str(caught.value) == (
+        "--methods apt needs a target of its kind: give --sparsity 50%,2:4"
+    )
+    assert make_cells(methods=["random"], sparsity=["50%"])[0].recipe.method == "random-sparse"
+
+
+def test_options_are_the_methods_own() -> None:
+    with pytest.raises(RecipeError, match="option of method wanda rounds is not known"):
+        get_method("wanda", {"rounds": 2})
