@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.errors import RecipeError
-from secateur.solvers.compensation import all_at_once, one_by_one, polish, solve_in_rows
+from secateur.solvers.compensation import all_at_once, one_by_one, solve_in_rows
 from secateur.solvers.patterns import (
     lowest,
     lowest_in_groups,
@@ -24,6 +24,7 @@ from secateur.solvers.removal import (
     remove,
     without_dead,
 )
+from secateur.solvers.sparse_fit import PULLS, best_pull, polish
 from secateur.sparsity import Pattern, check_groups, parse_sparsity
 
 DAMPING = 0.01
@@ -144,7 +145,7 @@ def test_apt_is_never_behind_sparsegpt_on_its_mask(
     e = all_at_once(ours, single.mask, upper)
     joint = (ours - e @ upper).masked_fill(single.mask, 0)
     assert cost(ours, joint, h) <= cost(ours, single.weight, h) * (1 + 1e-3) + 1e-4
-    freed = polish(single.weight, single.mask, ours, h, damping=DAMPING, steps=6)
+    freed = polish(single.weight, single.mask, ours, h, pull=DAMPING, steps=6)
     assert bool((freed[single.mask] == 0).all())
     assert cost(ours, freed, h) <= cost(ours, single.weight, h) * (1 + 1e-3) + 1e-4
 
@@ -247,7 +248,7 @@ def test_polishing_comes_to_the_optimum() -> None:
     errors = [
         cost(
             weight,
-            polish(start.weight, start.mask, weight, second, damping=DAMPING, steps=n),
+            polish(start.weight, start.mask, weight, second, pull=DAMPING, steps=n),
             second,
         )
         for n in (0, 1, 2, 4, 8, 40)
@@ -255,6 +256,28 @@ def test_polishing_comes_to_the_optimum() -> None:
     assert errors == sorted(errors, reverse=True)
     assert errors[0] == pytest.approx(cost(weight, start.weight, second))
     assert errors[-1] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_the_pull_is_the_one_that_other_windows_ask_for() -> None:
+    """Against exact fits with every pull, on few windows of a known covariance."""
+    generator = torch.Generator().manual_seed(4)
+    mix = torch.randn(24, 24, generator=generator)
+    few, many = (torch.randn(n, 24, generator=generator) @ mix for n in (30, 4000))
+    fitted, other = ((x.T @ x).double() / len(x) for x in (few, many))
+    weight = torch.randn(40, 24, generator=generator)
+    mask = lowest(torch.rand(40, 24, generator=generator), 480)
+    found = best_pull(weight * ~mask, mask, weight, fitted, other)
+    errors = {}
+    for pull in PULLS:
+        h = fitted + pull * fitted.diagonal().mean() * torch.eye(24).double()
+        new = torch.zeros(40, 24, dtype=torch.float64)
+        for i, gone in enumerate(mask):
+            kept = (~gone).nonzero()[:, 0]
+            new[i, kept] = torch.linalg.solve(h[kept][:, kept], h[kept] @ weight[i].double())
+        errors[pull] = relative_error(weight, new.float(), other)
+    assert errors[found] <= min(errors.values()) * 1.03
+    assert found > PULLS[0]  # thirty tokens cannot fit twenty-four weights as they are
+    assert best_pull(weight * ~mask, mask, weight, other, other) == PULLS[0]
 
 
 def test_dead_inputs_go_first_and_cost_nothing() -> None:

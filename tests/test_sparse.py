@@ -47,7 +47,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "sparsegpt 2:4": ("sparsegpt", "2:4", {}),
     "apt": ("apt", "60%", {}),
     "apt error": ("apt", "50%", {"allocation": "error"}),
-    "apt SM": ("apt", "50%", {"solution": "SM", "polish": 0}),
+    "apt SM": ("apt", "50%", {"solution": "SM", "polish": 0, "pull": 0.1}),
     "apt MS": ("apt", "2:4", {"solution": "MS"}),
     "apt all": ("apt", "4:8", {"block": "all", "scope": "layer"}),
 }

@@ -13,9 +13,9 @@ from pydantic import Field
 from secateur.anatomy import Anatomy
 from secateur.methods.base import Block, register
 from secateur.methods.sparse import SparseMethod, SparseOptions
-from secateur.solvers.compensation import polish
 from secateur.solvers.patterns import removal_sets
-from secateur.solvers.removal import Removal, remove, without_dead
+from secateur.solvers.removal import Removal, Sparse, remove, without_dead
+from secateur.solvers.sparse_fit import best_pull, polish
 
 
 class AptOptions(SparseOptions):
@@ -31,9 +31,11 @@ class AptOptions(SparseOptions):
         description="columns that are removed together before they are frozen; all: the optimum "
         "for the mask, at a multiple of the time",
     )
-    damping: float = Field(0.01, gt=0, description="of H, as a share of mean diag H")
+    damping: float = Field(
+        0.1, gt=0, description="of H where the mask is chosen, as a share of mean diag H"
+    )
     rounds: int = Field(
-        4,
+        2,
         ge=1,
         description="parts in which an unstructured mask by M is chosen, each scored anew on what "
         "the others leave",
@@ -47,6 +49,11 @@ class AptOptions(SparseOptions):
         description="steps of conjugate gradients on all kept weights behind the blocks, where "
         "compensation is by M",
     )
+    pull: float | Literal["auto"] = Field(
+        "auto",
+        description="pull of those weights to the original, of mean diag H; auto: the best on "
+        "windows kept out of the fit",
+    )
 
 
 @register
@@ -57,6 +64,9 @@ class Apt(SparseMethod):
     summary = "zeros by optimal removal of many weights at once, unstructured and N:M"
     Options = AptOptions
     options: AptOptions
+
+    #: Share of the windows whose statistics are also kept apart, to judge fits by.
+    held_out = 0.3
 
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
@@ -77,11 +87,15 @@ class Apt(SparseMethod):
         if how.compensate_by == "S" or not options.polish:
             return found.weight
         original, second = without_dead(weight, second)
-        return polish(
-            found.weight,
-            found.mask,
-            original,
-            second,
-            damping=options.damping,
-            steps=options.polish,
-        )
+        pull = options.pull
+        if pull == "auto":
+            pull = self._best_pull(block, name, found, original)
+        return polish(found.weight, found.mask, original, second, pull=pull, steps=options.polish)
+
+    def _best_pull(self, block: Block, name: str, found: Sparse, original: torch.Tensor) -> float:
+        reads = block.anatomy.denses[name].reads
+        late = block.held_out.get(reads)
+        if late is None:  # behind a removal that keeps no windows apart
+            return self.options.damping
+        rest = block.moments[reads].less(late)
+        return best_pull(found.weight, found.mask, original, rest.covariance, late.covariance)

@@ -134,6 +134,7 @@ class Chain(Method):
         lose: dict[str, int] = {}
         slim: dict[str, torch.Tensor] = {}
         moments: dict[str, Moments] = {}
+        held_out: dict[str, Moments] = {}
         for name in second.layers(anatomy):
             dense = anatomy.denses[name]
             kept = cut.inputs.get(name, torch.arange(dense.inputs))
@@ -145,7 +146,9 @@ class Chain(Method):
             lose[name] = round(second.pattern.share * slim[name].numel())
             if dense.reads in block.moments:
                 moments[dense.reads] = block.moments[dense.reads].of(kept)
-        left = replace(block, weights=slim, moments=moments, lose=lose)
+            if dense.reads in block.held_out:
+                held_out[dense.reads] = block.held_out[dense.reads].of(kept)
+        left = replace(block, weights=slim, moments=moments, held_out=held_out, lose=lose)
         zeros = second.cut(left, sum(lose.values()))
         weights |= zeros.weights
         done = cut.joined(BlockCut(block.source, notes={"zeros": zeros.notes["zeros"]}))
