@@ -20,12 +20,16 @@ from secateur.anatomy import Anatomy
 from secateur.checkpoint import open_checkpoint
 from secateur.comparison.cells import make_cells
 from secateur.errors import RecipeError, SecateurError
+from secateur.forms import Form
 from secateur.masking import masked_hidden
 from secateur.methods import get_method, method_class, method_names
+from secateur.methods.ria import Ria
 from secateur.methods.sparse import SAME_SIZE
 from secateur.pipeline import make_plan
 from secateur.pruning import prune
 from secateur.recipe import Recipe, load_recipe, make_recipe
+from secateur.solvers.patterns import lowest_in_groups
+from secateur.solvers.permutation import assign, deal, retained
 from secateur.solvers.removal import Removal, remove
 from secateur.solvers.sparsity_budget import by_error, by_outliers, error_curve, outlier_ratio
 from secateur.sparsity import parse_sparsity
@@ -43,6 +47,10 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "wanda": ("wanda", "50%", {}),
     "wanda 1:4": ("wanda", "1:4", {"scope": "layer"}),
     "wanda owl": ("wanda", "60%", {"allocation": "owl"}),
+    "ria": ("ria", "50%", {}),
+    "ria 2:4": ("ria", "2:4", {}),
+    "ria 4:8": ("ria", "4:8", {"permute": "deal", "scope": "block"}),
+    "ria 1:2": ("ria", "1:2", {"permute": "none"}),
     "sparsegpt": ("sparsegpt", "50%", {"block": 16, "scope": "block"}),
     "sparsegpt 2:4": ("sparsegpt", "2:4", {}),
     "apt": ("apt", "60%", {}),
@@ -51,7 +59,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "apt MS": ("apt", "2:4", {"solution": "MS"}),
     "apt all": ("apt", "4:8", {"block": "all", "scope": "layer"}),
 }
-TO_KILL = ["apt", "wanda owl"]
+TO_KILL = ["apt", "ria 2:4", "wanda owl"]
 
 
 def recipe(case: str, **fields: Any) -> Recipe:
@@ -484,3 +492,64 @@ def test_cells_of_both_kinds() -> None:
 def test_options_are_the_methods_own() -> None:
     with pytest.raises(RecipeError, match="option of method wanda rounds is not known"):
         get_method("wanda", {"rounds": 2})
+
+
+# ---- the order of inputs ---------------------------------------------------------------------
+
+
+def test_a_better_order_keeps_more() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(6, 24, generator=generator) * (torch.arange(24) + 1)  # strong ones together
+    start = torch.arange(24)
+    dealt = deal(scores, 4)
+    assigned = assign(scores, 2, 4, dealt)
+    for order in (dealt, assigned):
+        assert torch.equal(order.sort()[0], start)
+    kept = [retained(scores, 2, 4, order) for order in (start, dealt, assigned)]
+    assert kept == sorted(kept)
+    assert kept[0] < kept[2]
+    mask = lowest_in_groups(scores[:, assigned], 2, 4)
+    assert float((scores[:, assigned] * ~mask).sum()) == pytest.approx(kept[2])
+
+
+def test_a_slot_is_assigned_as_well_as_can_be() -> None:
+    """Three groups: all orders of one slot's inputs, tried one by one."""
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.rand(5, 12, generator=generator)
+    table = torch.arange(12).view(3, 4)
+    best = table
+    for slot in range(4):
+        tries = []
+        for order in itertools.permutations(range(3)):
+            moved = best.clone()
+            moved[:, slot] = best[list(order), slot]
+            tries.append(moved)
+        best = max(tries, key=lambda t: retained(scores, 2, 4, t.reshape(-1)))
+    found = assign(scores, 2, 4, torch.arange(12))
+    assert retained(scores, 2, 4, found) == pytest.approx(retained(scores, 2, 4, best.reshape(-1)))
+
+
+def test_permuted_layers_compute_what_they_did(model_folder: Folder) -> None:
+    """With nothing to lose but the order: masks of N:M aside, the block's output is the same."""
+    source = model_folder("llama-biases")
+    stream, tokens = Stream(open_checkpoint(source)), random_tokens(2, 12)
+    method = get_method("ria", {}, Form(sparsity=parse_sparsity("2:4")))
+    assert isinstance(method, Ria)
+    anatomy = stream.anatomy
+    with stream.block(0) as module:
+        hidden = stream.embed(tokens)
+        before = stream.forward_block(0, module, hidden)
+        generator = torch.Generator().manual_seed(0)
+        width = anatomy.ffn_width
+        neurons = method._order(torch.rand(9, width, generator=generator))
+        columns, rows = method._inside_heads(torch.rand(9, 32, generator=generator), anatomy)
+        for name, order in {"mlp.gate_proj": neurons, "mlp.up_proj": neurons,
+                            "self_attn.v_proj": rows}.items():  # fmt: skip
+            layer = module.get_submodule(name)
+            layer.weight = torch.nn.Parameter(layer.weight[order])
+            layer.bias = torch.nn.Parameter(layer.bias[order])
+        for name, order in {"mlp.down_proj": neurons, "self_attn.o_proj": columns}.items():
+            layer = module.get_submodule(name)
+            layer.weight = torch.nn.Parameter(layer.weight[:, order])
+        assert not torch.equal(neurons, torch.arange(width))
+        torch.testing.assert_close(stream.forward_block(0, module, hidden), before)

@@ -117,6 +117,10 @@ class Channels:
         between = step.square() * (self.tokens * other.tokens / tokens)
         return Channels(mean, self.squares + other.squares + between, tokens)
 
+    def of(self, inputs: torch.Tensor) -> Channels:
+        """The statistics of some of the inputs, in this order."""
+        return Channels(self.mean[inputs], self.squares[inputs], self.tokens)
+
     @property
     def variance(self) -> torch.Tensor:
         """Var[x] of the sample, sum of squares / (tokens - 1), (q,), float64."""
