@@ -225,24 +225,33 @@ def _choose_groups(
         end = start + pattern.group
         own, group = factor[start:end, start:end], left[:, start:end]
         if how.mask_by == "M":
-            chosen = _best_pattern(group, own, pattern)
+            chosen, error = _best_pattern(group, own, pattern)
         else:
             scores = _scores(group, own, how.shrinking)
             chosen = lowest_in_groups(scores, pattern.kept, pattern.group)
-        error = COMPENSATE[how.compensate_by](group, chosen, own)
+        if how.mask_by == "S" or how.compensate_by == "S":
+            error = COMPENSATE[how.compensate_by](group, chosen, own)
         left[:, end:] -= error @ factor[start:end, end:]
         mask[:, start:end] = chosen
         errors[:, start:end] = error
     return mask, errors if how.compensate_by == "S" else None
 
 
-def _best_pattern(group: torch.Tensor, factor: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """The removal of least L = w_P [K_PP]^-1 w_P^T of every row (Eq. 12), all patterns tried."""
+def _best_pattern(
+    group: torch.Tensor, factor: torch.Tensor, pattern: Pattern
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The removal of least L = w_P [K_PP]^-1 w_P^T of every row (Eq. 12), all patterns tried.
+
+    Returns:
+        the mask, (p, M) bool, and E of its multiple removal, (p, M), which the losses bring along.
+    """
     inverse = factor.T @ factor
     sets = removal_sets(pattern.kept, pattern.group).to(group.device)
     blocks = inverse[sets[:, :, None], sets[:, None, :]]  # (patterns, n, n)
     solved = torch.linalg.inv(blocks.double()).to(group.dtype)
-    of = group[:, sets]  # (p, patterns, n)
-    loss = torch.einsum("pki,kij,pkj->pk", of, solved, of)
-    mask = torch.zeros_like(group, dtype=torch.bool)
-    return mask.scatter_(1, sets[loss.argmin(1)], True)
+    of = group.T[sets].transpose(1, 2)  # (patterns, p, n)
+    z = of @ solved
+    best = (z * of).sum(2).argmin(0)
+    mask = torch.zeros_like(group, dtype=torch.bool).scatter_(1, sets[best], True)
+    chosen = z[best, torch.arange(len(group), device=group.device)]
+    return mask, torch.zeros_like(group).scatter_(1, sets[best], chosen) @ factor.T
