@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from test_outputs import random_tokens
 from transformers import AutoModelForCausalLM
 
+from secateur.authoring import Author
 from secateur.checkpoint import open_checkpoint
 from secateur.engine import Engine
 from secateur.forms import Form
-from secateur.methods import get_method
+from secateur.methods import Method, get_method
 from secateur.progress import Progress
 from secateur.resampling import Resampler
 from secateur.streaming import Stream
@@ -108,3 +110,66 @@ def test_copies_by_default(windows: int, length: int, copies: int) -> None:
     assert get_method("obs", {"refit": False}, Form("coupled")).copies(windows, length) == 0
     assert get_method("obs", {"copies": 3}, Form("coupled")).copies(windows, length) == 3
     assert get_method("comp", {}, Form("coupled")).copies(windows, length) == 0
+
+
+# ---- windows that the model writes -----------------------------------------------------------
+
+
+def author(folder: Path, seed: int = 0) -> Author:
+    return Author(Stream(open_checkpoint(folder)), seed=seed, progress=Progress())
+
+
+def test_written_windows_are_the_same_however_many_are_asked_for(model_folder: Folder) -> None:
+    folder = model_folder("llama-gqa-tied")
+    state = torch.get_rng_state()
+    made = author(folder).windows(70, 12)
+    assert torch.equal(torch.get_rng_state(), state)  # nobody else's draws are disturbed
+    assert made.shape == (70, 12)
+    assert torch.equal(author(folder).windows(5, 12), made[:5])
+    one = author(folder)
+    assert torch.equal(one.windows(3, 12), made[:3])
+    assert torch.equal(one.windows(66, 12), made[:66])
+    assert not torch.equal(author(folder, seed=1).windows(5, 12), made[:5])
+
+
+def test_written_windows_follow_the_models_own_odds(model_folder: Folder) -> None:
+    """Of many windows the second tokens, each judged by the model's odds behind its first one."""
+    folder = model_folder("llama-gqa-tied")
+    made = author(folder).windows(1280, 3)
+    special = open_checkpoint(folder).tokenizer.all_special_ids
+    assert not torch.isin(made[:, 0], torch.tensor(special)).any()
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        odds = model(input_ids=made[:, :1]).logits[:, 0]
+    odds[:, model.generation_config.eos_token_id] = -torch.inf  # windows do not end early
+    log = odds.log_softmax(-1)
+    got = float(log.gather(1, made[:, 1:2]).mean())
+    entropy = float((log.exp() * log.clamp(min=-1e4)).sum(1).mean())
+    uniform = float(log[:, special[-1] + 1 :].mean())
+    assert got == pytest.approx(entropy, abs=0.1)
+    assert abs(got - uniform) > 0.3
+
+
+def test_statistics_take_written_windows_in_place_of_copies(model_folder: Folder) -> None:
+    stream = Stream(open_checkpoint(model_folder("llama-gqa-tied")))
+    tokens = random_tokens(4, 16)
+    for options, count in (({}, 512), ({"written": 3}, 3), ({"written": 0, "copies": 0}, 0)):
+        method = get_method("obs", {"layers": 0, **options}, Form())
+        assert isinstance(method, Method)
+        assert method.written(stream.anatomy, 4, 16) == count
+        engine = Engine(
+            stream, method, to_remove=1000, seed=0, dtype=torch.float32, progress=Progress()
+        )
+        if count == 512:
+            continue  # too many for a test
+        windows, late = engine._statistics_windows(tokens)
+        assert late == 2
+        assert len(windows) == 4 + count
+        assert torch.equal(windows[:2], tokens[:2])
+        assert torch.equal(windows[-2:], tokens[2:])
+    big = replace(stream.anatomy, layers=10**6)
+    method = get_method("obs", {}, Form())
+    assert isinstance(method, Method)
+    assert method.written(big, 4, 16) == 0  # it would not fit; copies are made
+    assert method.written(stream.anatomy, 64, 512) == 0  # there is text enough
+    assert method.written(stream.anatomy, 10, 128) == 64

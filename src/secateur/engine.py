@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from secateur.authoring import Author
 from secateur.errors import RecipeError, SourceError
 from secateur.layers import LayerChoice, Round, by_influence, by_loss, search_work
 from secateur.masking import masked, state_of
@@ -57,6 +58,7 @@ class Engine:
         self.dtype = dtype
         self.progress = progress
         self.trials: list[dict[str, float]] = []
+        self._author = Author(stream, seed=seed, progress=progress)
         self._resampler = Resampler(stream, rate=method.resampled, seed=seed, progress=progress)
 
     # ---- whole blocks ------------------------------------------------------------------------
@@ -282,10 +284,14 @@ class Engine:
         Copies are made of the others alone: what a fit is judged by must not have shaped it.
         """
         late = math.ceil(self.method.held_out * len(tokens))
-        times = self.method.copies(*tokens.shape)
+        own = self.method.written(self.stream.anatomy, *tokens.shape)
+        times = 0 if own else self.method.copies(*tokens.shape)
+        fitted = tokens[: len(tokens) - late]
+        if own:
+            more = self._author.windows(own, tokens.shape[1])
+            return torch.cat([fitted, more, tokens[len(fitted) :]]), late
         if not times:
             return tokens, late
-        fitted = tokens[: len(tokens) - late]
         copies = self._resampler.copies(tokens, times)[:, : len(fitted)].flatten(0, 1)
         return torch.cat([fitted, copies, tokens[len(fitted) :]]), late
 

@@ -122,19 +122,21 @@ class Run(Opened):
         spec, config = self.recipe.calibration, self.checkpoint.config
         anatomy = self.stream.anatomy
         passes, heads = self.engine.passes()
-        copies = self.method.copies(spec.samples, spec.length)
+        written = self.method.written(anatomy, spec.samples, spec.length)
+        copies = 0 if written else self.method.copies(spec.samples, spec.length)
         if copies:  # made in as many passes over the windows as there are copies: one over them all
             passes, heads = passes + 1, heads + 1
         return estimate(
             anatomy,
             self.method.signals(anatomy) if self.method.needs == "moments" else set(),
-            windows=spec.samples * (1 + copies),
+            windows=spec.samples * (1 + copies) + written,
             length=spec.length,
             hidden=int(config.hidden_size),
             vocabulary=int(config.vocab_size),
             overhead=self.checkpoint.overhead,
             passes=passes,
             heads=heads,
+            whole=bool(written),
         )
 
     def _form(self) -> Form:

@@ -146,6 +146,10 @@ class Method(AnyMethod):
         """Resampled copies of the calibration windows that statistics are taken from as well."""
         return 0
 
+    def written(self, anatomy: Anatomy, windows: int, length: int) -> int:
+        """Windows that the model writes itself, from which statistics are taken as well."""
+        return 0
+
     def signals(self, anatomy: Anatomy) -> set[str]:
         """Signals of which statistics are needed; none need no run of the model."""
         return set()

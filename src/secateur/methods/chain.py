@@ -81,6 +81,9 @@ class Chain(Method):
     def copies(self, windows: int, length: int) -> int:
         return self._first.copies(windows, length)
 
+    def written(self, anatomy: Anatomy, windows: int, length: int) -> int:
+        return self._first.written(anatomy, windows, length)
+
     def quotas(self, anatomy: Anatomy, importances: dict[int, float], total: int) -> Quotas:
         return self._first.quotas(anatomy, importances, total)
 

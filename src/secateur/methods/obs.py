@@ -19,6 +19,10 @@ from secateur.methods.structured import Structured, StructuredOptions, short
 from secateur.plans import BlockCut
 from secateur.solvers.brain_surgeon import GreedyOrder, best_pull, output_error, refit
 
+#: Tokens that the model writes itself where nothing is said; more were no better (docs/obs.md).
+WRITTEN_TOKENS = 8_192
+#: It does where its blocks are at most this large in float32: writing takes all of them at once.
+SMALL = 2**30
 #: Calibration tokens beyond which copies are not worth their time, and most copies that auto makes.
 ENOUGH_TOKENS = 12_000
 MOST_COPIES = 8
@@ -43,6 +47,12 @@ class ObsOptions(StructuredOptions):
         "auto",
         description="copies of the calibration windows with tokens that the model drew anew, to "
         "fit to as well; auto: as many as make 12,000 tokens of it",
+    )
+    written: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="windows that the model writes itself, in place of copies; auto: 8,192 tokens "
+        "of them where its blocks are below 1 GiB in float32, since all must be in memory, and "
+        "text is short",
     )
     steps: int = Field(256, ge=8, description="steps of the greedy removal in each layer")
 
@@ -75,6 +85,13 @@ class Obs(Structured):
         if self.options.copies == "auto":
             return min(MOST_COPIES, max(0, ENOUGH_TOKENS // (windows * length) - 1))
         return int(self.options.copies)
+
+    def written(self, anatomy: Anatomy, windows: int, length: int) -> int:
+        if self.options.written != "auto":
+            return int(self.options.written) if self.options.refit else 0
+        short = self.copies(windows, length) > 0 and self.options.copies == "auto"
+        small = 4 * anatomy.decoder_parameters <= SMALL
+        return WRITTEN_TOKENS // length if short and small else 0
 
     def removal(self, block: Block, name: str, unit: int) -> RefitRemoval:
         return RefitRemoval(block, name, unit, self.options)
