@@ -2,10 +2,10 @@
 
     python bench/memory_backward.py [--depths 8 16 32] [--hidden 1024] [--ffn 4096]
 
-Writes random bf16 checkpoints to a temporary folder and takes the gradients of all block weights, in
-float32, on 10 windows of 64 tokens, once block by block and once with the model and all its gradients
-in memory, each in a process of its own. Prints peak resident memory less mapped file pages, seconds,
-and the largest difference of a block's gradient norm between the two.
+Writes random bf16 checkpoints to a temporary folder and takes the gradients of all block weights,
+in float32, on 10 windows of 64 tokens, once block by block and once with the model and all its
+gradients in memory, each in a process of its own. Prints peak resident memory less mapped file
+pages, seconds, and the largest relative difference of a block's gradient norm between the two.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def backward(
     use: Use,
     *,
     blocks: Collection[int] | None = None,
-    per_call: int = 1,
+    per_call: int | None = 1,
     loss: Literal["mean", "sum"] = "mean",
     limit: int = IN_MEMORY,
     step: Callable[[int | None], None] = lambda _: None,
@@ -48,7 +48,7 @@ def backward(
         use: called once for each block that is wanted. What it leaves of the gradients is passed
             through for the blocks before. The parameters of the block must not be changed.
         blocks: those whose gradients are wanted; by default all. The pass ends at the first.
-        per_call: windows of one call. More are faster and take more memory.
+        per_call: windows of one call; None: as many as fit. More are faster and take more memory.
         limit: bytes of activations between blocks held in memory; the rest goes to disk.
         step: called with each block's number when it is done, forward and again backward, and with
             None when the head is.
@@ -65,6 +65,7 @@ def backward(
     try:
         with stream.calls_of(per_call):
             hidden = stream.embed(tokens)
+            size = stream.windows_per_call(tokens.shape[1])
             for layer in range(layers):
                 if layer >= first:
                     inputs[layer] = hidden
@@ -78,7 +79,7 @@ def backward(
             read = inputs.pop(layer).to(stream.device)
             with stream.block(layer) as module:
                 found = _through_block(
-                    stream, layer, module, read, gradient, per_call=per_call, own=layer in wanted
+                    stream, layer, module, read, gradient, size=size, own=layer in wanted
                 )
                 if layer in wanted:
                     use(layer, module, found)
@@ -121,13 +122,14 @@ def _through_block(
     read: torch.Tensor,
     gradient: torch.Tensor,
     *,
-    per_call: int,
+    size: int,
     own: bool,
 ) -> Iterator[Gradients]:
     """Pass ``gradient`` through a block in place, from behind it to before it.
 
     Args:
         read: what went into the block, (windows, length, hidden).
+        size: windows of one call.
         own: whether the gradients of the parameters are wanted; without, they are not computed.
 
     Yields:
@@ -136,7 +138,7 @@ def _through_block(
     parameters = dict(module.named_parameters()) if own else {}
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    for batch, behind in zip(read.split(per_call), gradient.split(per_call), strict=True):
+    for batch, behind in zip(read.split(size), gradient.split(size), strict=True):
         before = batch.detach().requires_grad_()
         with torch.enable_grad():
             out = stream.call_block(layer, module, before)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from secateur.errors import RecipeError, SourceError
+from secateur.errors import RecipeError
 from secateur.layers import LayerChoice, Round, by_influence, by_loss, search_work
 from secateur.masking import masked, state_of
 from secateur.methods import Block, Method, Share, Shares
@@ -24,6 +23,7 @@ from secateur.progress import Progress
 from secateur.resampling import Resampler
 from secateur.statistics import Channels, Moments, gather
 from secateur.streaming import Stream
+from secateur.surveys import by_gradients, finite_statistics
 
 #: Takes a finished block: its cut, and its original tensors in float32 on the CPU.
 Sink = Callable[[BlockCut, Tensors], None]
@@ -94,6 +94,8 @@ class Engine:
             return runs / self.stream.anatomy.layers, heads
         if self.method.ranking is None:
             reads = bool(self.method.signals(self.stream.anatomy))
+            if self.method.survey_by == "gradients":  # forward twice; backward is worth two more
+                return reads + 4, 3
             return reads * (1 + self.method.looks_ahead), 0
         return (2 if len(counts) == 1 else 2 + 2 * min(3, len(counts))), 0
 
@@ -189,19 +191,26 @@ class Engine:
         """
         anatomy, method = self.stream.anatomy, self.method
         rest = max(0, self.to_remove - len(choice.removed) * anatomy.block_parameters)
-        surveys = self._survey(choice.layers, tokens) if method.looks_ahead else {}
+        surveys = {}
+        if method.looks_ahead and method.survey_by == "gradients":
+            surveys = by_gradients(
+                self.stream, method, tokens, choice.layers, self._block, self.progress
+            )
+        elif method.looks_ahead:
+            surveys = self._survey(choice.layers, tokens)
         return method.allocate(anatomy, choice.layers, choice.importances, surveys, rest)
 
     def _survey(self, layers: list[int], tokens: torch.Tensor) -> dict[int, Any]:
         """One look at every block, uncut, with statistics; only the method's answers are kept."""
         found: dict[int, Any] = {}
+        layers = list(self.method.surveyed(layers))
         self.progress.stage("survey", len(layers))
         reads = bool(self.method.signals(self.stream.anatomy))
         hidden = self.stream.embed(tokens) if reads else None
         for layer in layers:
             with self.stream.block(layer) as module:
                 block, hidden = self._look(layer, module, hidden)
-                with _finite_statistics(layer):
+                with finite_statistics(layer):
                     found[layer] = self.method.survey(block)
             self.progress.step(f"block {layer}")
         self.progress.finish()
@@ -319,19 +328,33 @@ class Engine:
         else:
             with gather(module, readers, Channels) as (channels, _):
                 out = self._pass_on(layer, module, hidden)
+        block = self._block(
+            layer,
+            module,
+            moments=moments,
+            held_out=held_out if apart is not None else {},
+            channels=channels,
+            lose={} if share is None else share.inputs,
+            units={} if share is None else share.units,
+        )
+        return block, out
+
+    def _block(self, layer: int, module: torch.nn.Module, **seen: Any) -> Block:
+        """A block with its weights, and what else is seen of it by the names of :class:`Block`."""
+        anatomy = self.stream.anatomy
         own = {name: module.get_submodule(name) for name in anatomy.denses}
-        block = Block(
+        return Block(
             layer,
             anatomy,
             {name: dense.get_parameter("weight").detach() for name, dense in own.items()},
-            moments,
-            torch.Generator().manual_seed(self.seed * 100_003 + layer),
-            held_out if apart is not None else {},
-            channels,
-            {n: d.get_parameter("bias").detach() for n, d in own.items() if anatomy.denses[n].bias},
-            {} if share is None else share.inputs,
+            generator=torch.Generator().manual_seed(self.seed * 100_003 + layer),
+            biases={
+                n: d.get_parameter("bias").detach()
+                for n, d in own.items()
+                if anatomy.denses[n].bias
+            },
+            **{"moments": {}, **seen},
         )
-        return block, out
 
     def _signals(self, quota: int) -> set[str]:
         """Signals whose statistics the cut of a block needs."""
@@ -353,7 +376,7 @@ class Engine:
     ) -> tuple[BlockCut, torch.Tensor | None]:
         anatomy = self.stream.anatomy
         block, out = self._look(layer, module, hidden, share, late)
-        with _finite_statistics(layer):
+        with finite_statistics(layer):
             cut = self.method.cut(block, share.parameters)
         for named in (cut.inputs, cut.scales, cut.rows, cut.biases):
             named.update({name: tensor.cpu() for name, tensor in named.items()})
@@ -361,18 +384,6 @@ class Engine:
         cut.groups = cut.groups.cpu() if cut.groups is not None else None
         check_cut(anatomy, cut)  # before anything is written by it
         return cut, out
-
-
-@contextmanager
-def _finite_statistics(layer: int) -> Iterator[None]:
-    """Say whose fault it is when numbers of a block are not finite."""
-    try:
-        yield
-    except ArithmeticError as error:
-        raise SourceError(
-            f"block {layer} cannot be cut: {error}; its activations on the calibration text "
-            "are not finite: check the weights, or try other text with --calibration"
-        ) from error
 
 
 def _held_out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

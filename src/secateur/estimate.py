@@ -50,6 +50,7 @@ def estimate(
     passes: float,
     heads: int = 0,
     overhead: int = 0,
+    gradients: bool = False,
 ) -> Estimate:
     """Estimate one run from counts of bytes and operations and a short measurement.
 
@@ -59,6 +60,7 @@ def estimate(
         passes: forward passes over all blocks, the layer stage and trials included.
         heads: passes through the head besides, for losses.
         overhead: bytes that the open checkpoint takes.
+        gradients: whether the loss is passed back through the model; its work is in ``passes``.
     """
     tokens = windows * length
     batch = min(tokens, TOKENS_PER_CALL)
@@ -78,6 +80,8 @@ def estimate(
         "activations": 4 * batch * (3 * ffn + 6 * hidden) + 4 * tokens * hidden * 3,
         "block boundaries": 4 * tokens * hidden * (anatomy.layers + 1),
     }
+    if gradients:  # of one call, their sum and the sum of their squares
+        parts["gradients of a block"] = 4 * 3 * anatomy.block_parameters
     forward = 2 * tokens * (anatomy.decoder_parameters * passes + vocabulary * hidden * heads)
     solve = anatomy.layers * sum(5 * w**3 for w in widths.values()) * max(1, passes - 1)
     read = 4 * anatomy.parameters * passes / 1e9

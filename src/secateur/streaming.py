@@ -176,7 +176,7 @@ class Stream:
         """
         parts = []
         with self.outside(dtype):
-            for batch in tokens.split(self._windows_per_call(tokens.shape[1])):
+            for batch in tokens.split(self.windows_per_call(tokens.shape[1])):
                 calls: list[dict[str, Any]] = []
                 recorders = [
                     _Recorder(block, calls, last=i == len(self._blocks) - 1)
@@ -197,7 +197,7 @@ class Stream:
         :meth:`embed` must have seen windows of this length before, since it is there that the
         arguments of the blocks are recorded.
         """
-        size = self._windows_per_call(hidden.shape[1])
+        size = self.windows_per_call(hidden.shape[1])
         return torch.cat([self.call_block(index, block, batch) for batch in hidden.split(size)])
 
     def call_block(self, index: int, block: nn.Module, batch: torch.Tensor) -> torch.Tensor:
@@ -293,15 +293,16 @@ class Stream:
     # ---- inside ------------------------------------------------------------------------------
 
     @contextmanager
-    def calls_of(self, windows: int) -> Iterator[None]:
-        """Let so many windows pass a block in one call, in place of as many as fit."""
+    def calls_of(self, windows: int | None) -> Iterator[None]:
+        """Let so many windows pass a block in one call; None: as many as fit."""
         self._per_call = windows
         try:
             yield
         finally:
             self._per_call = None
 
-    def _windows_per_call(self, length: int) -> int:
+    def windows_per_call(self, length: int) -> int:
+        """Windows of ``length`` tokens that pass a block in one call."""
         return self._per_call or max(1, TOKENS_PER_CALL // length)
 
     @contextmanager

@@ -54,7 +54,7 @@ class Flap(Scored):
     needs: ClassVar[Literal["moments", "channels"]] = "channels"
 
     @property
-    def looks_ahead(self) -> bool:
+    def pooled(self) -> bool:
         return self.options.shares == "AL-AM"
 
     # ---- which outputs can be made up for ------------------------------------------------------
@@ -95,7 +95,7 @@ class Flap(Scored):
             channels, width = self._channel_scores(block, name), self._unit_width(anatomy, name)
             if anatomy.denses[name].reads == "heads" and self.options.square_heads:
                 channels = channels.square()
-            if self.looks_ahead:
+            if self.pooled:
                 channels = standardised(channels)
             found[name] = by_unit(channels, width) / width
         return found
