@@ -45,13 +45,18 @@ class ByGradient(Scored):
         end = max(0, len(layers) - self.options.exempt_last)
         return layers[self.options.exempt_first : end]
 
-    def ranked(self, survey: Any) -> Scores:
-        """Scores of a block's units from what was remembered of it."""
-        return survey
+    def ranked(self, surveys: Mapping[int, Any]) -> dict[int, Scores]:
+        """Scores of the units of each block from what was remembered of all."""
+        return dict(surveys)
 
-    def lowest_of(self, survey: Any, name: str, count: int) -> torch.Tensor:
-        """The ``count`` units of a layer that go, ascending; those with the lowest scores."""
-        return lowest_units(self.ranked(survey)[name], count)
+    def chosen(self, survey: Any, scores: Scores, name: str, count: int) -> torch.Tensor:
+        """The ``count`` units of a block's layer that go, ascending; those with the lowest scores.
+
+        Args:
+            survey: what was remembered of the block.
+            scores: of its units.
+        """
+        return lowest_units(scores[name], count)
 
     def allocate(
         self,
@@ -63,12 +68,12 @@ class ByGradient(Scored):
     ) -> Shares:
         """Numbers as for all methods with scores, and the units by name."""
         open_ = self.surveyed(layers)
-        scores = {layer: self.ranked(surveys[layer]) for layer in open_}
+        scores = self.ranked({layer: surveys[layer] for layer in open_})
         shares = super().allocate(anatomy, open_, importances, scores, total)
         for layer, share in shares.items():
             units = {
-                name: self.lowest_of(
-                    surveys[layer], name, lost // self._unit_width(anatomy, name)
+                name: self.chosen(
+                    surveys[layer], scores[layer], name, lost // self._unit_width(anatomy, name)
                 ).tolist()
                 for name, lost in share.inputs.items()
             }

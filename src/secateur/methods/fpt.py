@@ -83,8 +83,11 @@ class Fpt(ByGradient):
                 batches.append(columns.reshape(-1, width).sum(1).cpu())
         return {name: torch.stack(batches) for name, batches in found.items()}
 
-    def ranked(self, survey: Any) -> Scores:
-        return {name: fisher_diagonal(gradients) for name, gradients in survey.items()}
+    def ranked(self, surveys: Mapping[int, Any]) -> dict[int, Scores]:
+        return {
+            layer: {name: fisher_diagonal(gradients) for name, gradients in survey.items()}
+            for layer, survey in surveys.items()
+        }
 
     def _pooled(
         self, anatomy: Anatomy, costs: dict[str, int], surveys: Mapping[int, Scores], total: int
@@ -119,9 +122,9 @@ class Fpt(ByGradient):
         )
         return {i: {heads: groups[i], neurons: found[i]} for i in surveys}
 
-    def lowest_of(self, survey: Any, name: str, count: int) -> torch.Tensor:
+    def chosen(self, survey: Any, scores: Scores, name: str, count: int) -> torch.Tensor:
         if not self.options.rearrange:
-            return super().lowest_of(survey, name, count)
+            return super().chosen(survey, scores, name, count)
         return rearranged(survey[name], count)
 
     # ---- mask tuning ---------------------------------------------------------------------------

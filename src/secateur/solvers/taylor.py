@@ -87,6 +87,11 @@ def over_units(change: torch.Tensor, axis: int, width: int, *, vector: bool) -> 
     return (lines.abs() if vector else lines).reshape(-1, width).sum(1)
 
 
+def of_sums(change: torch.Tensor, axis: int, width: int) -> torch.Tensor:
+    """The size of the sum over all that a unit owns, vector-wise by the unit, (units,), float64."""
+    return change.double().sum(1 - axis).reshape(-1, width).sum(1).abs()
+
+
 def reduced(members: Sequence[torch.Tensor], reduction: Reduction) -> torch.Tensor:
     """One score a unit from those of the layers that it is made of, (units,) each."""
     if reduction == "first":
