@@ -39,7 +39,7 @@ class SaapOptions(GradientOptions):
     fluctuation: Literal["penalty", "alone", "off"] = Field(
         "penalty",
         description="penalty: importance less fluctuation over windows, both standardised in each "
-        "layer; alone: what fluctuates most goes; off: importance alone",
+        "layer; alone: what fluctuates most goes; off: importance alone, as it is",
     )
     shares: Literal["global", "uniform"] = Field(
         "global", description="one order over all blocks, or the same share of each"
@@ -102,39 +102,35 @@ class Saap(ByGradient):
     # ---- one score out of two ------------------------------------------------------------------
 
     def ranked(self, surveys: Mapping[int, Any]) -> dict[int, Scores]:
-        """Importance, fluctuation, or one less the other, each standardised in its layer."""
+        """Importance as it is; or less fluctuation, or that alone, each standardised in its layer."""
         noise = self._noise(surveys)
         found: dict[int, Scores] = {}
         for layer, survey in surveys.items():
             found[layer] = {}
             for name, scores in survey.items():
                 variance = noise[layer, name]
-                ranks = standardised(self._fused(scores[:, 0], variance))
+                ranks = self._fused(scores[:, 0], variance)
                 if self.options.fluctuation != "off":
                     unstable = standardised(fluctuation(self._of_windows(scores[:, 1:], variance)))
                     alone = self.options.fluctuation == "alone"
-                    ranks = -unstable if alone else ranks - unstable
+                    ranks = -unstable if alone else standardised(ranks) - unstable
                 found[layer][name] = ranks
         return found
 
     def _noise(self, surveys: Mapping[int, Any]) -> dict[tuple[int, str], torch.Tensor]:
         """s1^2 and s2^2 of each layer's units, (2,), or (2, units) where each has its own."""
-        shared: dict[Any, list[torch.Tensor]] = {}
-        keys: dict[tuple[int, str], Any] = {}
+        shared: dict[tuple[int | str, ...], list[torch.Tensor]] = {}
+        keys: dict[tuple[int, str], tuple[int | str, ...]] = {}
         for layer, survey in surveys.items():
             for name, scores in survey.items():
-                scopes = {
-                    "model": 0,
-                    "module": name,
-                    "layer": (layer, name),
-                    "group": (layer, name),
-                }
-                keys[layer, name] = scopes[self.options.sigma]
-                shared.setdefault(keys[layer, name], []).append(scores[:, 0])
+                own = (layer, name)
+                scopes = {"model": (), "module": (name,), "layer": own, "group": own}
+                keys[own] = scopes[self.options.sigma]
+                shared.setdefault(keys[own], []).append(scores[:, 0])
         if self.options.sigma == "group":
             return {key: shared[keys[key]][0].clamp_min(TINY) for key in keys}
         solve = learned_variances if self.options.fit == "learned" else variances
-        solved = {scope: solve(torch.cat(own, 1)) for scope, own in shared.items()}
+        solved = {scope: solve(torch.cat(parts, 1)) for scope, parts in shared.items()}
         return {key: solved[scope] for key, scope in keys.items()}
 
     def _fused(self, scores: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:

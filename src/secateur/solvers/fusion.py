@@ -6,8 +6,8 @@ Kendall, Gal & Cipolla (2018) weigh losses by noise that is learned with them. S
     I = I_v / 2 s1^2 + I_e / 2 s2^2 + log s1 s2
 
 Over the units that share s1 and s2 the sum of I is least at s1^2 = mean I_v, s2^2 = mean I_e: each
-score is divided by its mean. Where each unit has its own, I = 1 + log(I_v I_e) / 2, and the order is
-that of the geometric mean.
+score is divided by its mean. Where each unit has its own, I = 1 + log(I_v I_e) / 2, and the order
+is that of the geometric mean.
 """
 
 from __future__ import annotations
