@@ -102,7 +102,7 @@ class Saap(ByGradient):
     # ---- one score out of two ------------------------------------------------------------------
 
     def ranked(self, surveys: Mapping[int, Any]) -> dict[int, Scores]:
-        """Importance as it is; or less fluctuation, or that alone, each standardised in its layer."""
+        """Importance as it is; less fluctuation, or that alone, each standardised in its layer."""
         noise = self._noise(surveys)
         found: dict[int, Scores] = {}
         for layer, survey in surveys.items():

@@ -33,9 +33,12 @@ def variances(scores: torch.Tensor) -> torch.Tensor:
 
 
 def learned_variances(scores: torch.Tensor) -> torch.Tensor:
-    """The same by gradient descent (Adam, falling rate) on log s^2, as the paper trains them."""
+    """The same by gradient descent (Adam, falling rate) on log s^2, as the paper trains them.
+
+    Begins at the largest score: above the end, where slopes are between 0 and 1/2.
+    """
     mean = variances(scores)
-    log = torch.zeros(2, dtype=torch.float64, device=mean.device, requires_grad=True)
+    log = scores.double().amax(1).clamp_min(TINY).log().requires_grad_()
     adam = torch.optim.Adam([log], lr=RATE)
     falling = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.005, STEPS)
     for _ in range(STEPS):
