@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from secateur.checkpoint import Checkpoint, open_checkpoint
 from secateur.checkpoint.safetensors_folder import DTYPES, read_header
 from secateur.errors import SourceError
-from secateur.streaming import Stream, fill_skeleton
+from secateur.skeleton import fill_skeleton
+from secateur.streaming import Stream
 
 ModelFolder = Callable[[str], Path]
 LLAMA = "llama-gqa-tied"
@@ -98,7 +99,7 @@ def resave(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Pa
 
 def logits(checkpoint: Checkpoint) -> torch.Tensor:
     """Logits of three tokens, from the model as the checkpoint gives it."""
-    from secateur.streaming import build_skeleton
+    from secateur.skeleton import build_skeleton
 
     model = build_skeleton(checkpoint)
     fill_skeleton(checkpoint, model, torch.float32)

@@ -206,7 +206,7 @@ def test_no_bias_where_none_is_wished(model_folder: Folder, tmp_path: Path) -> N
 
 
 def test_alike_scores_are_zeros_when_standardised() -> None:
-    from secateur.methods.flap import standardised
+    from secateur.solvers.pooling import standardised
 
     assert standardised(torch.full((4,), 3.0)).tolist() == [0.0] * 4
     assert standardised(torch.tensor([7.0])).tolist() == [0.0]

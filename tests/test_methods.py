@@ -32,6 +32,7 @@ Folder = Callable[[str], Path]
 #: Grouped query heads and a tied head; biases in every layer; LayerNorm, ReLU and biases.
 FAMILIES = ["llama-gqa-tied", "llama-biases", "opt"]
 STRUCTURED = {"layers": 0, "exempt_first": 0, "exempt_last": 0, "grid": 8}
+EXEMPT_NONE = {"exempt_first": 0, "exempt_last": 0}
 #: Method and options, as many of each as go different ways through the engine.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "comp": ("comp", STRUCTURED),
@@ -46,10 +47,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "wanda-sp neurons": ("wanda-sp", {"groups": "keep", "inputs": "identical"}),
     "flap": ("flap", {}),
     "flap UL-UM": ("flap", {"shares": "UL-UM", "metric": "WIFN"}),
+    "fpt": ("fpt", {}),
+    "fpt plain": ("fpt", {"rearrange": False, "tune": False, "batch": 2}),
+    "llm-pruner": ("llm-pruner", EXEMPT_NONE),
+    "llm-pruner global": ("llm-pruner", {**EXEMPT_NONE, "shares": "global", "score": "param_mix"}),
+    "saap": ("saap", EXEMPT_NONE),
+    "saap off": ("saap", {**EXEMPT_NONE, "fluctuation": "off", "sigma": "group"}),
     "flap alone": ("flap", {"bias": False, "metric": "IFV", "square_heads": False}),
 }
 #: Those that go different ways through the journal.
-TO_KILL = ["sleb", "wanda-sp", "flap"]
+TO_KILL = ["sleb", "wanda-sp", "flap", "fpt", "llm-pruner"]
 
 
 def recipe(case: str, **fields: Any) -> Recipe:

@@ -77,7 +77,7 @@ def test_what_fits_are_judged_by_has_no_copies(
         stream, method, to_remove=1000, seed=3, dtype=torch.float32, progress=Progress()
     )
     tokens = random_tokens(10, 12)
-    windows, late = engine._statistics_windows(tokens)
+    windows, late = engine.text.windows(tokens)
     assert late == 3
     assert len(windows) == 7 + 2 * 7 + 3
     assert torch.equal(windows[:7], tokens[:7])
@@ -162,7 +162,7 @@ def test_statistics_take_written_windows_in_place_of_copies(model_folder: Folder
         )
         if count == 512:
             continue  # too many for a test
-        windows, late = engine._statistics_windows(tokens)
+        windows, late = engine.text.windows(tokens)
         assert late == 2
         assert len(windows) == 4 + count
         assert torch.equal(windows[:2], tokens[:2])

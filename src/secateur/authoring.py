@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from secateur.progress import Progress, give_back_memory
-from secateur.streaming import Stream, build_skeleton, fill_skeleton
+from secateur.skeleton import build_skeleton, fill_skeleton
+from secateur.streaming import Stream
 
 #: Windows that are written at once.
 WINDOWS_AT_ONCE = 64

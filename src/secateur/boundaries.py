@@ -1,4 +1,4 @@
-"""What goes into each block, kept while the layer stage runs; on disk once it is too much."""
+"""What goes into each block, kept for a later pass; on disk once it is too much."""
 
 from __future__ import annotations
 
@@ -41,6 +41,15 @@ class Boundaries:
         from safetensors.torch import load_file
 
         return load_file(self._spilled[block])["hidden"]
+
+    def pop(self, block: int) -> torch.Tensor:
+        """What went into this block, for the last time."""
+        hidden = self[block]
+        self._held.pop(block, None)
+        spilled = self._spilled.pop(block, None)
+        if spilled is not None:
+            spilled.unlink()
+        return hidden
 
     def close(self) -> None:
         """Forget everything, on disk too."""

@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from secateur.authoring import Author
-from secateur.errors import RecipeError, SourceError
+from secateur.errors import RecipeError
+from secateur.fit_text import FitText
 from secateur.layers import LayerChoice, Round, by_influence, by_loss, search_work
 from secateur.masking import masked, state_of
 from secateur.methods import Block, Method, Share, Shares
 from secateur.plans import BlockCut, Plan, Tensors, block_removed, check_cut
 from secateur.progress import Progress
-from secateur.resampling import Resampler
 from secateur.statistics import Channels, Moments, gather
 from secateur.streaming import Stream
+from secateur.surveys import by_gradients, finite_statistics
 
 #: Takes a finished block: its cut, and its original tensors in float32 on the CPU.
 Sink = Callable[[BlockCut, Tensors], None]
@@ -58,8 +58,7 @@ class Engine:
         self.dtype = dtype
         self.progress = progress
         self.trials: list[dict[str, float]] = []
-        self._author = Author(stream, seed=seed, progress=progress)
-        self._resampler = Resampler(stream, rate=method.resampled, seed=seed, progress=progress)
+        self.text = FitText(stream, method, seed=seed, progress=progress)
 
     # ---- whole blocks ------------------------------------------------------------------------
 
@@ -96,6 +95,8 @@ class Engine:
             return runs / self.stream.anatomy.layers, heads
         if self.method.ranking is None:
             reads = bool(self.method.signals(self.stream.anatomy))
+            if self.method.survey_by == "gradients":  # forward twice; backward is worth two more
+                return reads + 4, 3
             return reads * (1 + self.method.looks_ahead), 0
         return (2 if len(counts) == 1 else 2 + 2 * min(3, len(counts))), 0
 
@@ -131,7 +132,7 @@ class Engine:
             ]
             return choice
         if len(counts) > 1:
-            self._resampler.expect(tokens)  # trials ask for fewer
+            self.text.expect(tokens)  # trials ask for fewer
             count, loss = self._best_count(tokens, counts)
         else:
             count, loss = counts[0], None
@@ -191,19 +192,26 @@ class Engine:
         """
         anatomy, method = self.stream.anatomy, self.method
         rest = max(0, self.to_remove - len(choice.removed) * anatomy.block_parameters)
-        surveys = self._survey(choice.layers, tokens) if method.looks_ahead else {}
+        surveys = {}
+        if method.looks_ahead and method.survey_by == "gradients":
+            surveys = by_gradients(
+                self.stream, method, tokens, choice.layers, self._block, self.progress
+            )
+        elif method.looks_ahead:
+            surveys = self._survey(choice.layers, tokens)
         return method.allocate(anatomy, choice.layers, choice.importances, surveys, rest)
 
     def _survey(self, layers: list[int], tokens: torch.Tensor) -> dict[int, Any]:
         """One look at every block, uncut, with statistics; only the method's answers are kept."""
         found: dict[int, Any] = {}
+        layers = list(self.method.surveyed(layers))
         self.progress.stage("survey", len(layers))
         reads = bool(self.method.signals(self.stream.anatomy))
         hidden = self.stream.embed(tokens) if reads else None
         for layer in layers:
             with self.stream.block(layer) as module:
                 block, hidden = self._look(layer, module, hidden)
-                with _finite_statistics(layer):
+                with finite_statistics(layer):
                     found[layer] = self.method.survey(block)
             self.progress.step(f"block {layer}")
         self.progress.finish()
@@ -238,7 +246,7 @@ class Engine:
         # Behind these, nothing needs what blocks put out, or nothing needs the blocks at all.
         last_read = max((i for i in open_ if self._signals(shares[i].parameters)), default=-1)
         last_cut = max(open_, default=-1)
-        windows, late = self._statistics_windows(tokens) if last_read >= 0 else (None, 0)
+        windows, late = self.text.windows(tokens) if last_read >= 0 else (None, 0)
         hidden = self.stream.embed(windows) if windows is not None else None
         self.progress.stage("cutting blocks" if probe is None else "trial cut", len(layers))
         missed = 0  # parameters that blocks so far should have lost and have not
@@ -278,23 +286,6 @@ class Engine:
             probe_out.append(probed)
         return plan
 
-    def _statistics_windows(self, tokens: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """What statistics are taken from, and how many of the last windows are also kept apart.
-
-        Copies are made of the others alone: what a fit is judged by must not have shaped it.
-        """
-        late = math.ceil(self.method.held_out * len(tokens))
-        own = self.method.written(self.stream.anatomy, *tokens.shape)
-        times = 0 if own else self.method.copies(*tokens.shape)
-        fitted = tokens[: len(tokens) - late]
-        if own:
-            more = self._author.windows(own, tokens.shape[1])
-            return torch.cat([fitted, more, tokens[len(fitted) :]]), late
-        if not times:
-            return tokens, late
-        copies = self._resampler.copies(tokens, times)[:, : len(fitted)].flatten(0, 1)
-        return torch.cat([fitted, copies, tokens[len(fitted) :]]), late
-
     def _look(
         self,
         layer: int,
@@ -328,19 +319,33 @@ class Engine:
         else:
             with gather(module, readers, Channels) as (channels, _):
                 out = self._pass_on(layer, module, hidden)
+        block = self._block(
+            layer,
+            module,
+            moments=moments,
+            held_out=held_out if apart is not None else {},
+            channels=channels,
+            lose={} if share is None else share.inputs,
+            units={} if share is None else share.units,
+        )
+        return block, out
+
+    def _block(self, layer: int, module: torch.nn.Module, **seen: Any) -> Block:
+        """A block with its weights, and what else is seen of it by the names of :class:`Block`."""
+        anatomy = self.stream.anatomy
         own = {name: module.get_submodule(name) for name in anatomy.denses}
-        block = Block(
+        return Block(
             layer,
             anatomy,
             {name: dense.get_parameter("weight").detach() for name, dense in own.items()},
-            moments,
-            torch.Generator().manual_seed(self.seed * 100_003 + layer),
-            held_out if apart is not None else {},
-            channels,
-            {n: d.get_parameter("bias").detach() for n, d in own.items() if anatomy.denses[n].bias},
-            {} if share is None else share.inputs,
+            generator=torch.Generator().manual_seed(self.seed * 100_003 + layer),
+            biases={
+                n: d.get_parameter("bias").detach()
+                for n, d in own.items()
+                if anatomy.denses[n].bias
+            },
+            **{"moments": {}, **seen},
         )
-        return block, out
 
     def _signals(self, quota: int) -> set[str]:
         """Signals whose statistics the cut of a block needs."""
@@ -369,7 +374,7 @@ class Engine:
             seen = masked(self.stream, module, state, cut, self.dtype) if number else nullcontext()
             with seen:
                 block, out = self._look(layer, module, hidden, share, late, only)
-            with _finite_statistics(layer):
+            with finite_statistics(layer):
                 cut = cut.joined(self.method.cut(block, share.parameters))
         if stages:
             module.load_state_dict(
@@ -381,18 +386,6 @@ class Engine:
         cut.groups = cut.groups.cpu() if cut.groups is not None else None
         check_cut(anatomy, cut)  # before anything is written by it
         return cut, out
-
-
-@contextmanager
-def _finite_statistics(layer: int) -> Iterator[None]:
-    """Say whose fault it is when numbers of a block are not finite."""
-    try:
-        yield
-    except ArithmeticError as error:
-        raise SourceError(
-            f"block {layer} cannot be cut: {error}; its activations on the calibration text "
-            "are not finite: check the weights, or try other text with --calibration"
-        ) from error
 
 
 def _held_out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

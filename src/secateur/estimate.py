@@ -51,6 +51,7 @@ def estimate(
     heads: int = 0,
     overhead: int = 0,
     whole: bool = False,
+    gradients: bool = False,
 ) -> Estimate:
     """Estimate one run from counts of bytes and operations and a short measurement.
 
@@ -61,6 +62,7 @@ def estimate(
         heads: passes through the head besides, for losses.
         overhead: bytes that the open checkpoint takes.
         whole: whether the model writes windows itself, and is in memory as a whole for that.
+        gradients: whether the loss is passed back through the model; its work is in ``passes``.
     """
     tokens = windows * length
     batch = min(tokens, TOKENS_PER_CALL)
@@ -82,6 +84,8 @@ def estimate(
     }
     if whole:
         parts["the whole model, to write text"] = 4 * anatomy.parameters
+    if gradients:  # of one call, their sum and the sum of their squares
+        parts["gradients of a block"] = 4 * 3 * anatomy.block_parameters
     forward = 2 * tokens * (anatomy.decoder_parameters * passes + vocabulary * hidden * heads)
     solve = anatomy.layers * sum(5 * w**3 for w in widths.values()) * max(1, passes - 1)
     read = 4 * anatomy.parameters * passes / 1e9

@@ -134,6 +134,7 @@ class Run(Opened):
             hidden=int(config.hidden_size),
             vocabulary=int(config.vocab_size),
             overhead=self.checkpoint.overhead,
+            gradients=self.method.survey_by == "gradients",
             passes=passes,
             heads=heads,
             whole=bool(written),

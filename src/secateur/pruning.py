@@ -248,9 +248,9 @@ def _shares(run: Run, journal: Journal, choice: LayerChoice) -> Shares:
     if found is None:
         shares = run.engine.shares(choice, run.windows.tokens)
         if run.method.looks_ahead:
-            journal.add("shares", [[i, s.parameters, s.inputs] for i, s in shares.items()])
+            journal.add("shares", [[i, s.parameters, s.inputs, s.units] for i, s in shares.items()])
         return shares
-    return {layer: Share(parameters, inputs) for layer, parameters, inputs in found}
+    return {layer: Share(*share) for layer, *share in found}
 
 
 def _find_weights(plan: Plan, folder: Path | None) -> None:

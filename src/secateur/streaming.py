@@ -8,7 +8,7 @@ every block separately, since a model may mix kinds of attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -19,6 +19,7 @@ from secateur.anatomy import Anatomy, describe
 from secateur.checkpoint import Checkpoint
 from secateur.errors import SourceError
 from secateur.progress import give_back_memory
+from secateur.skeleton import bind, build_skeleton, drop_weights, fill_buffers, tie
 
 #: Tokens that pass a block in one call. Bounds the FFN's activations to a few tens of MB.
 TOKENS_PER_CALL = 4096
@@ -93,9 +94,10 @@ class Stream:
         self.anatomy: Anatomy = describe(self.model)
         self._blocks: nn.ModuleList = self.model.get_submodule(self.anatomy.family.blocks)
         self._prefix = self.anatomy.family.blocks + "."
-        self._names = _bind(checkpoint, self.model)
+        self._names = bind(checkpoint, self.model)
         self._calls: dict[tuple[int, int], list[dict[str, Any]]] = {}
-        _fill_buffers(self.model, self.device)
+        self._per_call: int | None = None
+        fill_buffers(self.model, self.device)
 
     # ---- the parts ---------------------------------------------------------------------------
 
@@ -138,25 +140,25 @@ class Stream:
         try:
             yield module
         finally:
-            _drop_weights(module)
+            drop_weights(module)
             give_back_memory()
 
     @contextmanager
-    def _outside(self, rounded: torch.dtype | None) -> Iterator[None]:
-        """The parts outside the blocks, in memory."""
+    def outside(self, rounded: torch.dtype | None = None) -> Iterator[None]:
+        """The parts outside the blocks, in memory, after rounding to a type; they go at the end."""
         state = {
             name: tensor.to(self.device, self.dtype) if tensor.is_floating_point() else tensor
             for name, tensor in self.read_outside(rounded).items()
         }
         self.model.load_state_dict(state, strict=False, assign=True)
-        _tie(self.model, state)
+        tie(self.model, state)
         del state
         try:
             yield
         finally:
             for name, child in self.model.named_modules():
                 if not name.startswith(self._prefix):
-                    _drop_weights(child, recurse=False)
+                    drop_weights(child, recurse=False)
             give_back_memory()
 
     # ---- running -----------------------------------------------------------------------------
@@ -173,8 +175,8 @@ class Stream:
             (windows, length, hidden), on ``device``.
         """
         parts = []
-        with self._outside(dtype):
-            for batch in tokens.split(self._windows_per_call(tokens.shape[1])):
+        with self.outside(dtype):
+            for batch in tokens.split(self.windows_per_call(tokens.shape[1])):
                 calls: list[dict[str, Any]] = []
                 recorders = [
                     _Recorder(block, calls, last=i == len(self._blocks) - 1)
@@ -195,12 +197,14 @@ class Stream:
         :meth:`embed` must have seen windows of this length before, since it is there that the
         arguments of the blocks are recorded.
         """
-        parts = []
-        for batch in hidden.split(self._windows_per_call(hidden.shape[1])):
-            kwargs = self._calls[batch.shape[0], batch.shape[1]][index]
-            out = block(batch, **kwargs)
-            parts.append(out[0] if isinstance(out, tuple) else out)
-        return torch.cat(parts)
+        size = self.windows_per_call(hidden.shape[1])
+        return torch.cat([self.call_block(index, block, batch) for batch in hidden.split(size)])
+
+    def call_block(self, index: int, block: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        """One call of :meth:`forward_block`; gradients flow where they are enabled."""
+        kwargs = self._calls[batch.shape[0], batch.shape[1]][index]
+        out = block(batch, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
 
     def forward(
         self, tokens: torch.Tensor, after: Callable[[int], None] | None = None
@@ -219,15 +223,14 @@ class Stream:
                 after(layer)
         return hidden
 
-    @torch.no_grad()
-    def _head_pieces(
+    def head_pieces(
         self, hidden: torch.Tensor, tokens: torch.Tensor
     ) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Logits (tokens, vocabulary), float32, a piece of a window at a time.
 
         The parts outside the blocks must be in memory. Yields the window's number, the place of the
         piece in it, and the logits. Norm and head work token by token, so a window may be cut
-        anywhere; whole windows of logits would be large.
+        anywhere; whole windows of logits would be large. Gradients flow where they are enabled.
         """
         for window in range(len(tokens)):
             for start in range(0, tokens.shape[1], TOKENS_PER_HEAD_CALL):
@@ -238,6 +241,7 @@ class Stream:
                     logits = self.model(input_ids=ids, use_cache=False).logits
                 yield window, start, logits[0].float()
 
+    @torch.no_grad()
     def head(
         self,
         hidden: torch.Tensor,
@@ -254,8 +258,8 @@ class Stream:
             dtype: round the weights to this type first, as a file of that type would.
         """
         pieces: list[torch.Tensor] = []
-        with self._outside(dtype):
-            for window, start, logits in self._head_pieces(hidden, tokens):
+        with self.outside(dtype):
+            for window, start, logits in self.head_pieces(hidden, tokens):
                 pieces.append(logits)
                 if start + len(logits) == tokens.shape[1]:
                     use(window, torch.cat(pieces))
@@ -270,14 +274,15 @@ class Stream:
         (found,) = self.losses_each([hidden], tokens)
         return found
 
+    @torch.no_grad()
     def losses_each(
         self, hiddens: Iterable[torch.Tensor], tokens: torch.Tensor
     ) -> Iterator[torch.Tensor]:
         """:meth:`losses` of several hidden states, for which norm and head are read once."""
-        with self._outside(None):
+        with self.outside():
             for hidden in hiddens:
                 found = torch.zeros(len(tokens), tokens.shape[1] - 1, dtype=torch.float64)
-                for window, start, logits in self._head_pieces(hidden, tokens):
+                for window, start, logits in self.head_pieces(hidden, tokens):
                     targets = tokens[window, start + 1 : start + 1 + len(logits)].to(logits.device)
                     loss = nn.functional.cross_entropy(
                         logits[: len(targets)], targets, reduction="none"
@@ -287,8 +292,18 @@ class Stream:
 
     # ---- inside ------------------------------------------------------------------------------
 
-    def _windows_per_call(self, length: int) -> int:
-        return max(1, TOKENS_PER_CALL // length)
+    @contextmanager
+    def calls_of(self, windows: int | None) -> Iterator[None]:
+        """Let so many windows pass a block in one call; None: as many as fit."""
+        self._per_call = windows
+        try:
+            yield
+        finally:
+            self._per_call = None
+
+    def windows_per_call(self, length: int) -> int:
+        """Windows of ``length`` tokens that pass a block in one call."""
+        return self._per_call or max(1, TOKENS_PER_CALL // length)
 
     @contextmanager
     def _blocks_replaced(self, stand_ins: list[Any]) -> Iterator[None]:
@@ -300,103 +315,3 @@ class Stream:
             yield
         finally:
             setattr(parent, leaf, self._blocks)
-
-
-def build_skeleton(checkpoint: Checkpoint) -> Any:
-    """The transformers model of ``checkpoint`` on the meta device: shapes, no values.
-
-    Raises:
-        SourceError: transformers has no causal language model for this config.
-    """
-    from transformers import AutoModelForCausalLM
-
-    from secateur.modules import MODEL_TYPE_PREFIX, pruned_classes
-
-    config = checkpoint.config
-    with torch.device("meta"):
-        if str(config.model_type).startswith(MODEL_TYPE_PREFIX):
-            _, model_class = pruned_classes(
-                config.secateur["base_config"], config.secateur["base_model"]
-            )
-            return model_class(config).eval()
-        try:
-            model = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=checkpoint.trust_remote_code
-            )
-        except Exception as error:  # transformers checks little; any value may fail anywhere
-            text = (str(error).strip().splitlines() or [repr(error)])[0]
-            text = repr(error) if isinstance(error, KeyError) else text
-            raise SourceError(
-                f"source {checkpoint.source} (model_type {config.model_type}) cannot be built as a "
-                f"causal language model: {text}"
-            ) from error
-    return model.eval()
-
-
-def fill_skeleton(checkpoint: Checkpoint, model: Any, dtype: torch.dtype) -> None:
-    """Give every tensor of a skeleton its values: the whole model in memory."""
-    names = _bind(checkpoint, model)
-    state = {name: checkpoint.read(stored, dtype) for name, stored in names.items()}
-    model.load_state_dict(state, strict=False, assign=True)
-    _tie(model, state)
-    _fill_buffers(model, torch.device("cpu"))
-
-
-def _tie(model: Any, state: Mapping[str, torch.Tensor]) -> None:
-    """Let tied names share the parameter that was read."""
-    for target, origin in model.all_tied_weights_keys.items():
-        if target not in state and origin in state:
-            owner, _, leaf = target.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, model.get_parameter(origin))
-
-
-def _fill_buffers(model: Any, device: torch.device) -> None:
-    """Give buffers that no file holds (rotary frequencies) their values on the device."""
-    for module in model.modules():
-        absent = [
-            name
-            for name, buffer in module.named_buffers(recurse=False)
-            if buffer is not None and buffer.is_meta and name in module._non_persistent_buffers_set
-        ]
-        for name in absent:
-            empty = torch.empty_like(module.get_buffer(name), device=device)
-            module.register_buffer(name, empty, persistent=False)
-        if absent:
-            model._init_weights(module)
-
-
-def _bind(checkpoint: Checkpoint, skeleton: Any) -> dict[str, str]:
-    """Name in the model -> name in the file, checked for presence and shape."""
-    wanted = dict(skeleton.named_parameters())  # tied parameters appear once, under one name
-    persistent = set(skeleton.state_dict())
-    wanted |= {n: b for n, b in skeleton.named_buffers() if n in persistent}
-    tied = skeleton.all_tied_weights_keys
-    names = checkpoint.skeleton_names([*wanted, *tied], skeleton)
-    for target, origin in tied.items():
-        if origin not in names and target in names:  # stored under its other name
-            names[origin] = names[target]
-        names.pop(target, None)
-        wanted.pop(target, None)
-    for name, parameter in wanted.items():
-        if name not in names:
-            raise SourceError(
-                f"config and weights of {checkpoint.source} disagree: the config asks for a tensor "
-                f"{name} of shape {list(parameter.shape)}, which no file holds"
-            )
-        stored = checkpoint.tensors[names[name]]
-        if tuple(parameter.shape) != stored.shape:
-            raise SourceError(
-                f"config and weights of {checkpoint.source} disagree: tensor {names[name]} has "
-                f"shape {list(stored.shape)}, the config asks for {list(parameter.shape)}"
-            )
-    return names
-
-
-def _drop_weights(module: nn.Module, recurse: bool = True) -> None:
-    """Put parameters and stored buffers back on the meta device."""
-    for child in module.modules() if recurse else [module]:
-        for name, parameter in child.named_parameters(recurse=False):
-            setattr(child, name, nn.Parameter(parameter.to("meta"), requires_grad=False))
-        for name, buffer in child.named_buffers(recurse=False):
-            if name not in child._non_persistent_buffers_set:
-                setattr(child, name, buffer.to("meta"))

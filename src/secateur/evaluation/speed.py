@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from secateur.checkpoint import Checkpoint
-from secateur.streaming import build_skeleton, fill_skeleton
+from secateur.skeleton import build_skeleton, fill_skeleton
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -31,10 +31,13 @@ class Share:
         inputs: numbers of inputs by linear layer, where the method fixes them for all blocks at
             once (:meth:`Method.allocate`); else it is for the cut of the block to find them. Of a
             sparse method, numbers of weights.
+        units: the units themselves that go, KV groups or neurons by linear layer, where the method
+            knows them from its survey.
     """
 
     parameters: int
     inputs: dict[str, int] = field(default_factory=dict)
+    units: dict[str, list[int]] = field(default_factory=dict)
 
 
 Shares = dict[int, Share]
@@ -55,6 +58,9 @@ class Block:
         channels: the statistics in place of ``moments`` for methods that need no more.
         biases: bias of each linear layer that has one, (p,), float32.
         lose: inputs to lose by linear layer, where :class:`Share` says.
+        units: units to lose by linear layer, where :class:`Share` names them.
+        gradients: of the loss by the weight of each linear layer, (p, q), call after call, in a
+            survey by gradients (:attr:`Method.survey_by`). Each can be looked at once.
     """
 
     source: int
@@ -66,6 +72,8 @@ class Block:
     channels: dict[str, Channels] = field(default_factory=dict)
     biases: dict[str, torch.Tensor] = field(default_factory=dict)
     lose: Mapping[str, int] = field(default_factory=dict)
+    units: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    gradients: Iterator[dict[str, torch.Tensor]] = field(default_factory=lambda: iter(()))
 
 
 class AnyMethod(ABC):
@@ -111,6 +119,9 @@ class Method(AnyMethod):
     needs: ClassVar[Literal["moments", "channels"]] = "moments"
     #: Whether it makes weights zero and removes nothing; parameters to be lost are weights then.
     makes_zeros: ClassVar[bool] = False
+    #: What a survey sees of a block: statistics of its signals, or gradients of its weights
+    #: (:attr:`Block.gradients`), for which the loss of the uncut model is passed back once.
+    survey_by: ClassVar[Literal["statistics", "gradients"]] = "statistics"
     #: Whether anything goes inside blocks.
     cuts_inside: ClassVar[bool] = True
 
@@ -174,6 +185,18 @@ class Method(AnyMethod):
     def looks_ahead(self) -> bool:
         """Whether every block is surveyed, uncut, before it is known what each shall lose."""
         return False
+
+    def surveyed(self, layers: Sequence[int]) -> Sequence[int]:
+        """Which of the blocks that are left the survey looks at."""
+        return layers
+
+    @property
+    def windows_per_gradient(self) -> int | None:
+        """In a survey by gradients: windows whose gradients come as one sum; None: as many as fit.
+
+        The gradient is that of each window's mean loss per token, summed over the windows.
+        """
+        return 1
 
     def survey(self, block: Block) -> Any:
         """What to remember of a block until :meth:`allocate`; small, since all are kept at once."""

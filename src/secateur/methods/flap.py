@@ -17,6 +17,7 @@ from secateur.errors import RecipeError
 from secateur.methods.base import Block, register
 from secateur.methods.scored import Scored, ScoredOptions, Scores, by_unit
 from secateur.plans import BlockCut
+from secateur.solvers.pooling import standardised
 
 
 class FlapOptions(ScoredOptions):
@@ -54,7 +55,7 @@ class Flap(Scored):
     needs: ClassVar[Literal["moments", "channels"]] = "channels"
 
     @property
-    def looks_ahead(self) -> bool:
+    def pooled(self) -> bool:
         return self.options.shares == "AL-AM"
 
     # ---- which outputs can be made up for ------------------------------------------------------
@@ -95,7 +96,7 @@ class Flap(Scored):
             channels, width = self._channel_scores(block, name), self._unit_width(anatomy, name)
             if anatomy.denses[name].reads == "heads" and self.options.square_heads:
                 channels = channels.square()
-            if self.looks_ahead:
+            if self.pooled:
                 channels = standardised(channels)
             found[name] = by_unit(channels, width) / width
         return found
@@ -124,10 +125,3 @@ class Flap(Scored):
             if name in block.biases:
                 bias += block.biases[name]
             cut.biases[name] = bias.to(torch.float32)
-
-
-def standardised(scores: torch.Tensor) -> torch.Tensor:
-    """(x - mean) / standard deviation of the sample; zeros where all are alike."""
-    spread = scores.std() if len(scores) > 1 else scores.new_zeros(())
-    away = scores - scores.mean()
-    return torch.zeros_like(scores) if spread == 0 else away / spread

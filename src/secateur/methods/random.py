@@ -30,7 +30,7 @@ class Random(Scored):
     options: RandomOptions
 
     @property
-    def looks_ahead(self) -> bool:
+    def pooled(self) -> bool:
         return self.options.shares == "global"
 
     def signals(self, anatomy: Anatomy) -> set[str]:

@@ -46,6 +46,15 @@ class Scored(Units):
     #: What the option ``shares`` is called where every block loses the same share.
     same_shares = "uniform"
 
+    @property
+    def pooled(self) -> bool:
+        """Whether the units of all blocks stand in one order; else each block loses the same."""
+        return False
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self.pooled
+
     @abstractmethod
     def scores(self, block: Block) -> Scores:
         """Of every unit that may go; the lowest go first."""
@@ -56,7 +65,7 @@ class Scored(Units):
                 f"method {self.name} removes whole units, not inputs of single layers: leave out "
                 "--structure, or use --method comp"
             )
-        if self.form.uniform and self.looks_ahead:
+        if self.form.uniform and self.pooled:
             raise RecipeError(
                 f"method {self.name} ranks all blocks together (shares {self.options.shares}), "
                 f"which gives each its own widths: use --layout per-layer, or --set shares="
@@ -96,12 +105,11 @@ class Scored(Units):
         most = {name: self._unit_counts(anatomy, name)[-1] for name in costs}
         room = sum(costs[n] * most[n] - self.extra(anatomy, n) for n in costs if most[n])
         if total > room * len(layers):
-            more = ", or leave out groups" if "groups" in self.options.model_fields_set else ""
             raise RecipeError(
                 f"{total:,} parameters should leave {len(layers)} blocks, which can lose at most "
-                f"{room * len(layers):,}: ask for less{more}"
+                f"{room * len(layers):,}: {', or '.join(('ask for less', *self._ways_out()))}"
             )
-        if self.looks_ahead:
+        if self.pooled:
             counts = self._pooled(anatomy, costs, surveys, total)
         else:
             counts = self._alike(anatomy, costs, layers, total)
@@ -112,6 +120,10 @@ class Scored(Units):
             widths = {n: self._unit_width(anatomy, n) for n in gone}
             shares[layer] = Share(parameters, {n: gone[n] * widths[n] for n in gone})
         return shares
+
+    def _ways_out(self) -> list[str]:
+        """What else than asking for less makes room."""
+        return ["leave out groups"] if "groups" in self.options.model_fields_set else []
 
     def _alike(
         self, anatomy: Anatomy, costs: dict[str, int], layers: Sequence[int], total: int
@@ -197,11 +209,17 @@ class Scored(Units):
     def cut(self, block: Block, quota: int) -> BlockCut:
         """Remove the units with the lowest scores, as many as was allotted; ties by position."""
         anatomy, inputs = block.anatomy, {}
-        scores = self._finite_scores(block) if block.lose else {}
+        unnamed = block.lose.keys() - block.units.keys()
+        scores = self._finite_scores(block) if unnamed else {}
         for name, lost in block.lose.items():
             width = self._unit_width(anatomy, name)
-            order = scores[name].argsort(stable=True)
-            units = order[lost // width :].sort().values
+            if name in unnamed:
+                gone = lowest_units(scores[name], lost // width)
+            else:
+                gone = torch.tensor(block.units[name], device=block.weights[name].device)
+            left = torch.ones(anatomy.denses[name].inputs // width, dtype=torch.bool)
+            left[gone] = False
+            units = left.nonzero()[:, 0].to(gone.device)
             places = torch.arange(width, device=units.device)
             inputs[name] = (units[:, None] * width + places).flatten()
         groups = self._groups(anatomy, inputs)
@@ -211,6 +229,11 @@ class Scored(Units):
 
     def finish(self, block: Block, cut: BlockCut) -> None:
         """Make up for what went, in ``cut``."""
+
+
+def lowest_units(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The ``count`` units with the lowest scores, ascending, ties by position, (count,) int64."""
+    return scores.argsort(stable=True)[:count].sort().values
 
 
 def by_unit(channels: torch.Tensor, width: int) -> torch.Tensor:

@@ -7,7 +7,8 @@ the same for all methods, however they choose.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
@@ -102,6 +103,36 @@ class Units(Method):
     def _in_groups(self, anatomy: Anatomy, name: str) -> bool:
         """Whether the inputs of a layer go in whole KV groups."""
         return self.form.structure == "coupled" and anatomy.denses[name].reads == "heads"
+
+
+@dataclass(frozen=True)
+class Member:
+    """The part that a unit owns in one linear layer: ``width`` rows (axis 0) or columns (axis 1).
+
+    Units own them in order: those of unit u begin at u * ``width``.
+    """
+
+    path: str
+    axis: Literal[0, 1]
+    width: int
+
+
+def members(anatomy: Anatomy, consumer: str) -> list[Member]:
+    """All that goes when a unit at the entry of ``consumer`` goes, in the order of the data.
+
+    A KV group owns rows of its query heads, its key and its value, and columns of the attention
+    output; a neuron one row of each layer that makes it and one column of the next.
+    """
+    coupling = anatomy.coupling_of(consumer)
+    assert coupling is not None
+    if coupling.kind == "neurons":
+        return [*(Member(path, 0, 1) for path in coupling.producers), Member(consumer, 1, 1)]
+    wide = group_width(anatomy)
+    return [
+        *(Member(path, 0, wide) for path in coupling.queries),
+        *(Member(path, 0, anatomy.head_size) for path in (*coupling.keys, *coupling.producers)),
+        Member(consumer, 1, wide),
+    ]
 
 
 def group_width(anatomy: Anatomy) -> int:

@@ -49,3 +49,10 @@ def lowest(
             low = middle
     under, over = counts(low), counts(high)
     return under if total - removed(under) < removed(over) - total else over
+
+
+def standardised(scores: torch.Tensor) -> torch.Tensor:
+    """(x - mean) / standard deviation of the sample; zeros where all are alike."""
+    spread = scores.std() if len(scores) > 1 else scores.new_zeros(())
+    away = scores - scores.mean()
+    return torch.zeros_like(scores) if spread == 0 else away / spread

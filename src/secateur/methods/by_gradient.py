@@ -1,0 +1,86 @@
+"""What methods share that score units by gradients of the loss: one pass back, then the choice.
+
+Gradients are there in the survey alone, so the units that go are named for all blocks at once
+(:attr:`~secateur.methods.base.Share.units`) and the pass that cuts needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from secateur.anatomy import Anatomy
+from secateur.methods.base import Share, Shares
+from secateur.methods.scored import Scored, ScoredOptions, Scores, lowest_units
+
+
+class GradientOptions(ScoredOptions):
+    """Settings that methods with gradients have in common."""
+
+    exempt_first: int = Field(0, ge=0, description="first blocks that lose nothing")
+    exempt_last: int = Field(0, ge=0, description="last blocks that lose nothing")
+
+
+class ByGradient(Scored):
+    """See the module."""
+
+    options: GradientOptions
+    survey_by: ClassVar[Literal["statistics", "gradients"]] = "gradients"
+
+    @property
+    def looks_ahead(self) -> bool:
+        return True
+
+    def signals(self, anatomy: Anatomy) -> set[str]:
+        return set()  # of the pass that cuts
+
+    def surveyed(self, layers: Sequence[int]) -> Sequence[int]:
+        """The blocks that are not exempt; where all must have one width, none is."""
+        if self.form.uniform:
+            return layers
+        end = max(0, len(layers) - self.options.exempt_last)
+        return layers[self.options.exempt_first : end]
+
+    def ranked(self, surveys: Mapping[int, Any]) -> dict[int, Scores]:
+        """Scores of the units of each block from what was remembered of all."""
+        return dict(surveys)
+
+    def chosen(self, survey: Any, scores: Scores, name: str, count: int) -> torch.Tensor:
+        """The ``count`` units of a block's layer that go, ascending; those with the lowest scores.
+
+        Args:
+            survey: what was remembered of the block.
+            scores: of its units.
+        """
+        return lowest_units(scores[name], count)
+
+    def allocate(
+        self,
+        anatomy: Anatomy,
+        layers: Sequence[int],
+        importances: dict[int, float],
+        surveys: Mapping[int, Any],
+        total: int,
+    ) -> Shares:
+        """Numbers as for all methods with scores, and the units by name."""
+        open_ = self.surveyed(layers)
+        scores = self.ranked({layer: surveys[layer] for layer in open_})
+        shares = super().allocate(anatomy, open_, importances, scores, total)
+        for layer, share in shares.items():
+            units = {
+                name: self.chosen(
+                    surveys[layer], scores[layer], name, lost // self._unit_width(anatomy, name)
+                ).tolist()
+                for name, lost in share.inputs.items()
+            }
+            shares[layer] = replace(share, units=units)
+        return {layer: shares.get(layer, Share(0)) for layer in layers}
+
+    def _ways_out(self) -> list[str]:
+        exempt = self.options.exempt_first + self.options.exempt_last
+        more = ["set exempt_first and exempt_last"] if exempt and not self.form.uniform else []
+        return [*super()._ways_out(), *more]
