@@ -2,8 +2,8 @@
 
 Without its GPU kernels, transformers takes the state of each step out of one tensor by indexing,
 of which the backward pass fills a whole tensor a step with zeros: its time grows with the square
-of the length. Here the steps are taken apart once, so it grows with the length. The numbers are
-the same.
+of the length. Here the recurrence is one function with a gradient of its own, so it grows with the
+length. The numbers are the same.
 """
 
 from __future__ import annotations
@@ -14,6 +14,32 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+
+
+class Recurrence(torch.autograd.Function):
+    """s_t = a_t s_{t-1} + b_t from s_{-1} = 0, over the first dimension.
+
+    With g_t the gradient of s_t through all that follows, g_t = G_t + a_{t+1} g_{t+1}, that of b_t
+    is g_t and that of a_t is g_t s_{t-1}.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        states = b.clone()
+        for t in range(1, len(b)):
+            states[t].addcmul_(a[t], states[t - 1])
+        ctx.save_for_backward(a, states)
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        a, states = ctx.saved_tensors
+        of_b = grads[0].clone()
+        for t in range(len(a) - 2, -1, -1):
+            of_b[t].addcmul_(a[t + 1], of_b[t + 1])
+        of_a = torch.zeros_like(a)
+        torch.mul(of_b[1:], states[:-1], out=of_a[1:])
+        return of_a, of_b
 
 
 def scan(
@@ -38,19 +64,11 @@ def scan(
     Returns:
         (windows, channels, length).
     """
-    dt = functional.softplus(dt + delta_bias[:, None]).transpose(1, 2)
-    steps = zip(
-        torch.exp(dt[..., None] * a).unbind(1),
-        ((dt * hidden.transpose(1, 2))[..., None] * b.transpose(1, 2)[:, :, None]).unbind(1),
-        c.transpose(1, 2)[..., None].unbind(1),
-        strict=True,
-    )
-    state = torch.zeros_like(hidden[:, :, :1]).expand(-1, -1, a.shape[1])
-    out = []
-    for decay, new, read in steps:
-        state = decay * state + new
-        out.append((state @ read)[..., 0])
-    return (torch.stack(out, -1) + hidden * D[:, None]) * functional.silu(z)
+    dt = functional.softplus(dt + delta_bias[:, None]).permute(2, 0, 1)
+    new = (dt * hidden.permute(2, 0, 1))[..., None] * b.permute(2, 0, 1)[:, :, None]
+    states = Recurrence.apply(torch.exp(dt[..., None] * a), new)
+    out = torch.einsum("tbcs,bst->bct", states, c)
+    return (out + hidden * D[:, None]) * functional.silu(z)
 
 
 @contextmanager

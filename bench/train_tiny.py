@@ -163,8 +163,8 @@ FAMILIES = {
     "opt": Recipe(opt_config),
     "llama": Recipe(llama_config),
     # A scan goes through a window step by step, so short ones and more of them cost least.
-    "mamba": Recipe(mamba_config, 1024, 128, 8, 0, linear_scan.in_place_of_the_slow_one),
-    "mamba2": Recipe(mamba2_config, 1024, 128, 8, 0),
+    "mamba": Recipe(mamba_config, 1024, 128, 4, 0, linear_scan.in_place_of_the_slow_one),
+    "mamba2": Recipe(mamba2_config, 1024, 128, 4, 0),
 }
 
 

@@ -105,9 +105,10 @@ def resize_blocks(
             setattr(owner, leaf, nn.Parameter(whole.new_empty(count, *whole.shape[1:])))
             if isinstance(owner, nn.Conv1d):
                 owner.in_channels = owner.out_channels = owner.groups = count
-            elif hasattr(owner, "variance_epsilon"):
+            epsilon = getattr(owner, "variance_epsilon", None)
+            if epsilon is not None:
                 # The mean of squares over fewer is larger by this; so is the weight's square.
-                owner.variance_epsilon *= len(whole) / count  # type: ignore[operator]
+                owner.variance_epsilon = epsilon * len(whole) / count
         for name, (tensor, dimension) in (counts[i] if counts else {}).items():
             parent, _, leaf = name.rpartition(".")
             length = block.get_parameter(tensor).shape[dimension]

@@ -14,7 +14,6 @@ import torch
 
 from secateur.anatomy import Anatomy
 from secateur.coupled import (
-    Tensors,
     group_inputs,
     in_whole_units,
     live_rows,
@@ -22,6 +21,8 @@ from secateur.coupled import (
     row_count,
 )
 from secateur.errors import PlanError
+
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass
