@@ -21,7 +21,8 @@ from secateur.errors import RecipeError
 from secateur.forms import Form
 from secateur.methods import Block, get_method, method_names
 from secateur.methods.comp import Comp
-from secateur.plans import BlockCut, Plan, Tensors, live_rows, mask_block, slice_block
+from secateur.plans import BlockCut, Plan, Tensors, live_rows
+from secateur.slicing import mask_block, slice_block
 from secateur.solvers.gram import gram, importance
 from secateur.solvers.mask_tuning import GUARD
 from secateur.statistics import Moments, gather_moments

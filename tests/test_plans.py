@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import repeat_kv
 
 from secateur.anatomy import FAMILIES, Anatomy, describe
 from secateur.anatomy.describe import DenseShape
+from secateur.coupled import with_readers
 from secateur.modules import SlicedLinear, resize_blocks
 from secateur.plans import (
     BlockCut,
@@ -58,6 +59,9 @@ def cuts(draw: st.DrawFn, anatomy: Anatomy, source: int) -> BlockCut:
         cut.inputs[name] = some(anatomy.denses[name].inputs, count, rng)
         if draw(st.booleans()):
             cut.scales[name] = torch.as_tensor(rng.normal(1, 0.5, count)).float()
+    if draw(st.booleans()):  # whole units, also where more than one layer reads them
+        cut.inputs = with_readers(anatomy, cut.inputs)
+        cut.scales = {n: s for n, s in cut.scales.items() if len(s) == len(cut.inputs[n])}
     cut.rows = live_rows(anatomy, cut.inputs)
     return cut
 
@@ -170,7 +174,7 @@ def test_sliced_blocks_equal_masked_blocks(name: str) -> None:
     def check(data: st.DataObject, dtype: torch.dtype, seed: int) -> None:
         plan = Plan(anatomy, [data.draw(cuts(anatomy, i)) for i in range(LAYERS)])
         sliced, masked = copy.deepcopy(model), copy.deepcopy(model)
-        resize_blocks(sliced, anatomy.family.blocks, [plan.shapes(cut) for cut in plan.blocks])
+        resize_blocks(sliced, anatomy.family.blocks, **plan.run_time())
         for i, cut in enumerate(plan.blocks):
             tensors = slice_block(states[i], plan, cut, dtype)
             # What is counted is what is there.

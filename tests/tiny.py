@@ -20,6 +20,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"num_key_value_heads": 2}),
     "qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 8}),
     "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0}),
+    "mamba": ("mamba", {"state_size": 4, "time_step_rank": 5, "expand": 2}),
+    "mamba-biases": ("mamba", {"state_size": 4, "use_bias": True, "use_conv_bias": False}),
+    "mamba2": ("mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}),
+    "mamba2-groups": ("mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2}),
     "opt-project": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 16, "dropout": 0.0}),
 }
 
@@ -39,7 +43,11 @@ def make_model(name: str, layers: int = 4, seed: int = 0) -> Any:
         "eos_token_id": 1,
         "pad_token_id": 2,
     }
-    if model_type != "opt":
+    if model_type.startswith("mamba"):
+        for key in ("num_attention_heads", "max_position_embeddings"):
+            del common[key]
+        settings = {"chunk_size": 16, **settings} if model_type == "mamba2" else settings
+    elif model_type != "opt":
         common["intermediate_size"] = 48
     config = CONFIG_MAPPING[model_type](**{**common, **settings})
     torch.manual_seed(seed)

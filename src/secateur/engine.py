@@ -306,6 +306,7 @@ class Engine:
         signals = self._signals(1 if share is None else share.parameters)
         signals = signals if only is None else signals & only
         readers = {signal: anatomy.by_signal[signal][0] for signal in sorted(signals)}
+        behind = {s: place for s in readers if (place := anatomy.behind(s)) is not None}
         apart = None
         if hidden is not None and late and readers:
             windows, length = hidden.shape[:2]
@@ -314,10 +315,10 @@ class Engine:
         held_out: dict[str, Moments] = {}
         channels: dict[str, Channels] = {}
         if method.needs == "moments":
-            with gather(module, readers, Moments, apart) as (moments, held_out):
+            with gather(module, readers, Moments, apart, behind) as (moments, held_out):
                 out = self._pass_on(layer, module, hidden)
         else:
-            with gather(module, readers, Channels) as (channels, _):
+            with gather(module, readers, Channels, behind=behind) as (channels, _):
                 out = self._pass_on(layer, module, hidden)
         block = self._block(
             layer,

@@ -68,7 +68,9 @@ def estimate(
     batch = min(tokens, TOKENS_PER_CALL)
     widths = {d.reads: d.inputs for d in anatomy.denses.values() if d.reads in signals}
     widest = max(widths.values(), default=0)
-    ffn = anatomy.ffn_width
+    ffn = max(max(d.rows, d.inputs) for d in anatomy.denses.values())
+    scan = anatomy.tensors.get(anatomy.family.states or "")
+    states = scan.rows * scan.each if scan is not None else 0
     # Read, rounded to the written type, and back in float32: two and a half copies.
     outside = 10 * anatomy.outside_parameters
     logits = 4 * 3 * vocabulary * min(length, TOKENS_PER_HEAD_CALL)
@@ -79,7 +81,7 @@ def estimate(
         "a block and its matrices": block + grams,
         # Added, though the two are never needed together: freed memory is not all given back.
         "embeddings and logits": outside + logits,
-        "activations": 4 * batch * (3 * ffn + 6 * hidden) + 4 * tokens * hidden * 3,
+        "activations": 4 * batch * (3 * ffn + 4 * states + 6 * hidden) + 4 * tokens * hidden * 3,
         "block boundaries": 4 * tokens * hidden * (anatomy.layers + 1),
     }
     if whole:

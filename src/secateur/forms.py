@@ -164,6 +164,11 @@ def _multiple(
     if recipe.round_to == "auto" and structure == "inputs":
         return 1, "columns go one at a time"
     if recipe.round_to != "auto":
+        if not width and recipe.round_to != 1:
+            raise RecipeError(
+                f"--round-to is {recipe.round_to}, but blocks of {anatomy.model_type} have no FFN "
+                "whose width it could round: leave it out"
+            )
         if recipe.round_to >= width and recipe.round_to != 1:
             legal = [m for m in (1, FLOOR, KERNEL, SUPERBLOCK) if m < width]
             allowed = (
@@ -174,6 +179,8 @@ def _multiple(
                 + (allowed if len(legal) > 1 else "is 1")
             )
         return recipe.round_to, "as asked"
+    if not width:
+        return 1, "there is no FFN"
     wanted, why = KERNEL, "tiles of matrix kernels, and whole blocks of q8_0 and q4_0"
     if target.in_superblocks:
         wanted, why = SUPERBLOCK, f"{target.weights} stores rows in blocks of {SUPERBLOCK}"

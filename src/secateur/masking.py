@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
-from secateur.plans import BlockCut, Plan, Tensors, mask_block
+from secateur.plans import BlockCut, Plan, Tensors
+from secateur.slicing import mask_block
 from secateur.streaming import Stream
 
 

@@ -70,17 +70,20 @@ def resize_blocks(
     blocks_path: str,
     shapes: list[dict[str, list[int]]],
     biases: list[list[str]] | None = None,
+    lengths: list[dict[str, int]] | None = None,
+    counts: list[dict[str, tuple[str, int]]] | None = None,
 ) -> None:
     """Give every block of ``model`` the sizes in ``shapes``, and the biases that it lacks.
 
     ``shapes`` has one dictionary a block: layer name to [kept_in, full_in, kept_out, full_out];
-    ``biases`` one list a block: names of layers.
+    ``biases`` one list a block: names of layers; ``lengths`` the rows of parameters of other
+    modules; ``counts`` the numbers that modules note of themselves: [tensor, dimension].
     """
     blocks = list(model.get_submodule(blocks_path).children())
     if len(blocks) != len(shapes):
         raise ValueError(f"config lists {len(shapes)} blocks, the model has {len(blocks)}")
-    for block, sizes, lacking in zip(blocks, shapes, biases or [[]] * len(blocks), strict=True):
-        for name in lacking:
+    for i, (block, sizes) in enumerate(zip(blocks, shapes, strict=True)):
+        for name in biases[i] if biases else ():
             weight = block.get_parameter(f"{name}.weight")
             block.get_submodule(name).bias = nn.Parameter(weight.new_empty(len(weight)))
         for name, (kept_in, full_in, kept_out, full_out) in sizes.items():
@@ -96,8 +99,22 @@ def resize_blocks(
                 new = SlicedLinear(kept_in, full_in, kept_out, full_out, old.bias is not None)
                 new = new.to(old.weight.device, old.weight.dtype)
             setattr(owner, leaf, new)
+        for name, count in (lengths[i] if lengths else {}).items():
+            parent, _, leaf = name.rpartition(".")
+            owner, whole = block.get_submodule(parent), block.get_parameter(name)
+            setattr(owner, leaf, nn.Parameter(whole.new_empty(count, *whole.shape[1:])))
+            if isinstance(owner, nn.Conv1d):
+                owner.in_channels = owner.out_channels = owner.groups = count
+            epsilon = getattr(owner, "variance_epsilon", None)
+            if epsilon is not None:
+                # The mean of squares over fewer is larger by this; so is the weight's square.
+                owner.variance_epsilon = epsilon * len(whole) / count
+        for name, (tensor, dimension) in (counts[i] if counts else {}).items():
+            parent, _, leaf = name.rpartition(".")
+            length = block.get_parameter(tensor).shape[dimension]
+            setattr(block.get_submodule(parent), leaf, length)
         for part in block.modules():
-            if hasattr(part, "num_heads") and hasattr(part, "head_dim"):
+            if hasattr(part, "q_proj") and hasattr(part, "num_heads") and hasattr(part, "head_dim"):
                 # Some attention classes (OPT) count their heads instead of asking the shapes.
                 rows = part.get_submodule("q_proj").out_features
                 part.num_heads = rows // part.head_dim  # type: ignore[operator]
@@ -137,6 +154,8 @@ class Secateur{base_model}({base_model}):
 
 #: What a config's entry "secateur" may describe, and the function that gives a model those sizes.
 KINDS = {"shapes": "resize_blocks", "rotation": "slice_stream"}
+#: Further arguments of :func:`resize_blocks`, where the entry has them.
+_MORE = ("biases", "lengths", "counts")
 _SAYS = {
     "shapes": "lists, for every block and linear layer, how many inputs and rows are left",
     "rotation": "says how wide its hidden states are, and what reads and writes them",
@@ -173,7 +192,7 @@ def modeling_file(base_config: str, base_model: str, kind: str = "shapes") -> st
         base_model=base_model,
         model_type=pruned_type(base_config),
         reshape=KINDS[kind],
-        more=', sizes.get("biases")' if kind == "shapes" else "",
+        more="".join(f', sizes.get("{more}")' for more in _MORE) if kind == "shapes" else "",
         kind=kind,
     )
     # Imports belong at the top of a file, also of a generated one.
@@ -209,7 +228,8 @@ def pruned_classes(base_config: str, base_model: str) -> tuple[Any, Any]:
         entry = config.secateur
         kind = kind_of(entry)
         if kind == "shapes":
-            resize_blocks(self, entry["blocks_path"], entry[kind], entry.get("biases"))
+            more = [entry.get(name) for name in _MORE]
+            resize_blocks(self, entry["blocks_path"], entry[kind], *more)
         else:
             rotated.slice_stream(self, entry["blocks_path"], entry[kind])
 

@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 
-from secateur.anatomy import Anatomy, Coupling
+from secateur.anatomy import Anatomy
+from secateur.coupled import (
+    group_inputs,
+    in_whole_units,
+    live_rows,
+    removed_by_counts,
+    row_count,
+)
 from secateur.errors import PlanError
 
 Tensors = dict[str, torch.Tensor]
@@ -25,8 +32,9 @@ class BlockCut:
     Attributes:
         source: number of the block in the original model.
         inputs: kept inputs of a linear layer, ascending, (q',) int64.
-        scales: factor of each kept input, (q',) float32.
-        rows: kept rows of a linear layer, ascending, (p',) int64.
+        scales: factor of each kept input, (q',) float32; or of each kept row of a norm's weight.
+        rows: kept rows of a linear layer, ascending, (p',) int64; or of a tensor that no linear
+            layer holds (:attr:`Anatomy.tensors`), by its own name.
         weights: new weights of what a linear layer keeps, (p', q') float32, as they are in the
             file; they stand in the place of the original ones and of scales.
         biases: new biases of a linear layer, all its rows, (p,) float32; in the place of the
@@ -149,9 +157,10 @@ class Plan:
         (FFN neurons, whole KV groups). Single value rows go back to their places, since attention
         counts on them.
         """
-        whole = [c for c in self.anatomy.family.couplings if _in_whole_units(c, cut)]
-        fed = {c.consumer for c in whole}
-        feeding = {name for c in whole for name in c.layers} - fed
+        couplings = self.anatomy.family.couplings
+        whole = [c for c in couplings if in_whole_units(c, cut.inputs, cut.groups)]
+        fed = {name for c in whole for name in c.fed}
+        feeding = {name for c in whole for name in c.layers if name not in c.fed}
         found: dict[str, list[int]] = {}
         for name, dense in self.anatomy.denses.items():
             if name not in cut.inputs and name not in cut.rows:
@@ -167,13 +176,29 @@ class Plan:
         """Layers that get a bias which the model's class does not give them."""
         return sorted(name for name in cut.biases if not self.anatomy.denses[name].bias)
 
+    def lengths(self, cut: BlockCut) -> dict[str, int]:
+        """Rows that are left of each tensor that no linear layer holds and that lost any."""
+        return {name: len(kept) for name, kept in cut.rows.items() if name in self.anatomy.tensors}
+
+    def counts(self, cut: BlockCut) -> dict[str, list[Any]]:
+        """What modules of a block note of their sizes: the tensor, and the dimension, to ask."""
+        touched = {*self.shapes(cut), *self.lengths(cut)}
+        return {
+            count.path: [count.tensor, count.dim]
+            for count in self.anatomy.family.counts
+            if touched & {count.tensor, count.tensor.removesuffix(".weight")}
+        }
+
     def widths(self, cut: BlockCut) -> Widths | None:
         """Heads and neurons of one block; None where a layer reads or writes through an index."""
         if any(i != fi or o != fo for i, fi, o, fo in self.shapes(cut).values()):
             return None
-        anatomy = self.anatomy
+        anatomy, units = self.anatomy, self.anatomy.consumers("values", "neurons")
+        if any(c.consumer in cut.inputs and c.consumer not in units
+               for c in anatomy.family.couplings):  # fmt: skip
+            return None
         groups = anatomy.kv_heads if cut.groups is None else len(cut.groups)
-        neurons = cut.inputs.get(anatomy.coupling("neurons").consumer)
+        neurons = next((cut.inputs.get(name) for name in anatomy.consumers("neurons")), None)
         return Widths(
             groups * anatomy.heads_per_group,
             groups,
@@ -223,7 +248,10 @@ class Plan:
     def run_time(self) -> dict[str, Any]:
         """What the modelling file has to know, for the config's entry ``secateur``."""
         biases = [self.new_biases(cut) for cut in self.blocks]
-        more = {"biases": biases} if any(biases) else {}
+        more: dict[str, Any] = {"biases": biases} if any(biases) else {}
+        if self.anatomy.family.counts:
+            lengths = [self.lengths(cut) for cut in self.blocks]
+            more |= {"lengths": lengths, "counts": [self.counts(cut) for cut in self.blocks]}
         return {"shapes": [self.shapes(cut) for cut in self.blocks], **more}
 
     def config_keys(self) -> dict[str, Any]:
@@ -281,7 +309,7 @@ def check_cut(anatomy: Anatomy, cut: BlockCut) -> None:
                 f"({anatomy.denses[name].rows},)"
             )
     for name, kept in cut.rows.items():
-        _check_indices(f"{where}: rows of {name}", kept, anatomy.denses[name].rows)
+        _check_indices(f"{where}: rows of {name}", kept, row_count(anatomy, name))
     if cut.groups is not None:
         if not len(cut.groups):
             raise PlanError(
@@ -295,7 +323,7 @@ def check_cut(anatomy: Anatomy, cut: BlockCut) -> None:
 def _check_coupled(anatomy: Anatomy, cut: BlockCut, where: str) -> None:
     expected = live_rows(anatomy, cut.inputs, cut.groups)
     for coupling in anatomy.family.couplings:
-        if not _in_whole_units(coupling, cut):
+        if not in_whole_units(coupling, cut.inputs, cut.groups):
             continue
         if coupling.kind == "values":
             assert cut.groups is not None
@@ -305,7 +333,7 @@ def _check_coupled(anatomy: Anatomy, cut: BlockCut, where: str) -> None:
                     f"{where} keeps {len(cut.groups)} KV groups, but {coupling.consumer} does not "
                     f"keep the {len(whole)} inputs that their query heads make"
                 )
-        for name in coupling.layers:
+        for name in (*coupling.layers, *coupling.tensors):
             if name in expected and not torch.equal(
                 cut.rows.get(name, expected[name][:0]), expected[name]
             ):
@@ -322,52 +350,6 @@ def _check_indices(what: str, kept: torch.Tensor, count: int) -> None:
         raise PlanError(f"{what}: indices must rise, from 0 up to {count - 1} at most")
 
 
-def _in_whole_units(coupling: Coupling, cut: BlockCut) -> bool:
-    """Whether the rows that feed ``coupling.consumer`` went together with its inputs."""
-    if coupling.kind == "values":
-        return cut.groups is not None
-    return coupling.consumer in cut.inputs
-
-
-def group_inputs(anatomy: Anatomy, groups: torch.Tensor) -> torch.Tensor:
-    """Inputs of the attention output that these KV groups make, ascending."""
-    return _spread(groups, anatomy.heads_per_group * anatomy.head_size)
-
-
-def _spread(units: torch.Tensor, width: int) -> torch.Tensor:
-    """All places of units that are ``width`` places wide each."""
-    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
-
-
-def live_rows(
-    anatomy: Anatomy, inputs: Mapping[str, torch.Tensor], groups: torch.Tensor | None = None
-) -> Tensors:
-    """Rows that still feed something, for every layer that loses any.
-
-    Args:
-        inputs: kept inputs by layer.
-        groups: kept KV groups, where whole groups go: their queries and keys go with them.
-    """
-    rows: Tensors = {}
-    for coupling in anatomy.family.couplings:
-        kept = inputs.get(coupling.consumer)
-        if kept is None:
-            continue
-        if coupling.kind == "values" and groups is not None:
-            in_group = _spread(groups, anatomy.head_size)
-            rows |= dict.fromkeys(coupling.queries, kept)
-            rows |= dict.fromkeys((*coupling.keys, *coupling.producers), in_group)
-            continue
-        if coupling.kind == "values":
-            head, dimension = kept // anatomy.head_size, kept % anatomy.head_size
-            group = head // anatomy.heads_per_group
-            kept = (group * anatomy.head_size + dimension).unique()
-        for producer in coupling.producers:
-            if len(kept) < anatomy.denses[producer].rows:
-                rows[producer] = kept
-    return rows
-
-
 def block_removed(anatomy: Anatomy, cut: BlockCut) -> int:
     """Parameters of a block that are absent from the file, less biases that were not there."""
     added = {name for name in cut.biases if not anatomy.denses[name].bias}
@@ -376,84 +358,3 @@ def block_removed(anatomy: Anatomy, cut: BlockCut) -> int:
         {name: len(kept) for name, kept in cut.inputs.items()},
         {name: len(kept) for name, kept in cut.rows.items()},
     ) - sum(len(cut.rows.get(name, cut.biases[name])) for name in added)
-
-
-def removed_by_counts(anatomy: Anatomy, inputs: Mapping[str, int], rows: Mapping[str, int]) -> int:
-    """Parameters gone when layers keep these numbers of inputs and rows."""
-    gone = 0
-    for name in {*inputs, *rows}:
-        dense = anatomy.denses[name]
-        left_in = inputs.get(name, dense.inputs)
-        left_out = rows.get(name, dense.rows)
-        gone += dense.parameters - left_in * left_out - (left_out if dense.bias else 0)
-    return gone
-
-
-def slice_block(state: Tensors, plan: Plan, cut: BlockCut, dtype: torch.dtype) -> Tensors:
-    """The tensors of the smaller block, as they go into the file.
-
-    Args:
-        state: the original block by name inside it.
-        dtype: floating type to write.
-
-    Returns:
-        weights scaled and cut, the indices of gathers and scatters, everything else as it was.
-    """
-    state = {**state, **{f"{name}.bias": bias for name, bias in cut.biases.items()}}
-    out = {k: _cast(v, dtype) for k, v in state.items()}
-    for name in cut.weights.keys() - cut.inputs.keys() - cut.rows.keys():
-        out[f"{name}.weight"] = _cast(cut.weights[name], dtype)
-    for name, (kept_in, full_in, kept_out, full_out) in plan.shapes(cut).items():
-        weight = _scaled(state[f"{name}.weight"], cut, name)
-        if name in cut.inputs:
-            weight = weight[:, cut.inputs[name]]
-        if name in cut.rows:
-            weight = weight[cut.rows[name]]
-            if f"{name}.bias" in state:
-                out[f"{name}.bias"] = _cast(state[f"{name}.bias"][cut.rows[name]], dtype)
-        out[f"{name}.weight"] = _cast(weight, dtype)
-        if kept_in != full_in:
-            out[f"{name}.in_index"] = cut.inputs[name]
-        if kept_out != full_out:
-            out[f"{name}.out_index"] = cut.rows[name]
-    return out
-
-
-def mask_block(state: Tensors, cut: BlockCut, dtype: torch.dtype) -> Tensors:
-    """The same cut as zeros and scales in the original shapes: what :func:`slice_block` must equal.
-
-    Values pass through ``dtype`` as they would in the file and come back as float32.
-    """
-    state = {**state, **{f"{name}.bias": bias for name, bias in cut.biases.items()}}
-    out = {k: _cast(_cast(v, dtype), torch.float32) for k, v in state.items()}
-    for name in {*cut.inputs, *cut.rows, *cut.weights}:
-        weight = _scaled(state[f"{name}.weight"], cut, name)
-        keep = torch.zeros_like(weight, dtype=torch.bool)
-        inputs = cut.inputs.get(name, torch.arange(weight.shape[1]))
-        rows = cut.rows.get(name, torch.arange(weight.shape[0]))
-        keep[rows[:, None], inputs[None, :]] = True
-        out[f"{name}.weight"] = _cast(weight * keep, dtype).float()
-        if name in cut.rows and f"{name}.bias" in state:
-            alive = torch.zeros(len(weight), dtype=torch.bool)
-            alive[rows] = True
-            out[f"{name}.bias"] = out[f"{name}.bias"] * alive
-    return out
-
-
-def _scaled(weight: torch.Tensor, cut: BlockCut, name: str) -> torch.Tensor:
-    """W in float32, its kept columns times their scales, or replaced by new ones."""
-    weight = weight.to(torch.float32)
-    if name in cut.weights:
-        rows = cut.rows.get(name, torch.arange(weight.shape[0]))
-        inputs = cut.inputs.get(name, torch.arange(weight.shape[1]))
-        weight = torch.zeros_like(weight)
-        weight[rows[:, None], inputs] = cut.weights[name]
-    if name in cut.scales:
-        factor = torch.ones(weight.shape[1])
-        factor[cut.inputs[name]] = cut.scales[name]
-        weight = weight * factor
-    return weight
-
-
-def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor

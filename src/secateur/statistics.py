@@ -146,12 +146,18 @@ def gather_moments(
 
 @contextmanager
 def gather(
-    block: nn.Module, layer_of_signal: Mapping[str, str], kind: type[S], apart: int | None = None
+    block: nn.Module,
+    layer_of_signal: Mapping[str, str],
+    kind: type[S],
+    apart: int | None = None,
+    behind: Mapping[str, tuple[str, int]] | None = None,
 ) -> Iterator[tuple[dict[str, S], dict[str, S]]]:
     """Gather statistics of each signal while ``block`` runs.
 
     Args:
         layer_of_signal: for each signal wanted, one linear layer of the block that reads it.
+        behind: for signals that pass no entry, the layer whose first outputs they are, and how
+            many (:meth:`Anatomy.behind`).
         kind: :class:`Moments`, or :class:`Channels`.
         apart: number of the token from which on statistics are also taken on their own.
 
@@ -162,9 +168,9 @@ def gather(
     late: dict[str, S] = {}
     seen = dict.fromkeys(layer_of_signal, 0)
 
-    def taker(signal: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1])
+    def taker(signal: str) -> Callable[[torch.Tensor], None]:
+        def take(signals: torch.Tensor) -> None:
+            x = signals.reshape(-1, signals.shape[-1])
             for part in (found, late):
                 part.setdefault(signal, kind.empty(x.shape[-1], x.device))
             early = len(x) if apart is None else min(max(apart - seen[signal], 0), len(x))
@@ -174,11 +180,25 @@ def gather(
             if early < len(x):
                 late[signal].add(x[early:])
 
-        return hook
+        return take
+
+    def at_entry(signal: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        take = taker(signal)
+        return lambda _, args: take(args[0])
+
+    def at_exit(signal: str, count: int) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+        take = taker(signal)
+        return lambda _, __, out: take(out[..., :count])
 
     handles = [
-        block.get_submodule(path).register_forward_pre_hook(taker(signal))
+        block.get_submodule(path).register_forward_pre_hook(at_entry(signal))
         for signal, path in layer_of_signal.items()
+        if signal not in (behind or {})
+    ]
+    handles += [
+        block.get_submodule(path).register_forward_hook(at_exit(signal, count))
+        for signal, (path, count) in (behind or {}).items()
+        if signal in layer_of_signal
     ]
     try:
         yield found, late

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from secateur.anatomy.describe import Anatomy, describe
-from secateur.anatomy.families import FAMILIES, Coupling, Dense, Family, Residual, Stage
+from secateur.anatomy.families import (
+    FAMILIES,
+    Count,
+    Coupling,
+    Dense,
+    Family,
+    Residual,
+    Stage,
+)
 from secateur.anatomy.residual import ResidualStream, describe_residual
 
 __all__ = [
     "FAMILIES",
     "Anatomy",
+    "Count",
     "Coupling",
     "Dense",
     "Family",

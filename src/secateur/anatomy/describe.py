@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from secateur.anatomy.families import FAMILIES, Coupling, Family
+from secateur.anatomy.families import FAMILIES, Coupling, Family, Span
 from secateur.errors import FamilyError
 
 if TYPE_CHECKING:
@@ -29,6 +29,14 @@ class DenseShape:
 
 
 @dataclass(frozen=True)
+class RowsShape:
+    """A tensor that belongs to no linear layer: its rows, and parameters of each."""
+
+    rows: int
+    each: int
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """The parts of one model. Sizes are counts of parameters, tied ones counted once.
 
@@ -39,7 +47,10 @@ class Anatomy:
         block_parameters: parameters of one block, norms included.
         outside_parameters: parameters outside the blocks (embeddings, final norm, head).
         parameters_by_part: the same, by first path component inside or outside a block.
-        query_heads, kv_heads, head_size: of the attention.
+        query_heads, kv_heads, head_size: of the attention, or of a mixer with heads, each of which
+            is then a group of its own; 0 where there are none.
+        scan_groups: in which heads of a mixer share B and C.
+        tensors: what no linear layer holds and goes with units, by name inside a block.
     """
 
     family: Family
@@ -52,6 +63,8 @@ class Anatomy:
     query_heads: int
     kv_heads: int
     head_size: int
+    tensors: dict[str, RowsShape] = field(default_factory=dict)
+    scan_groups: int = 1
 
     @property
     def decoder_parameters(self) -> int:
@@ -60,6 +73,13 @@ class Anatomy:
     @property
     def parameters(self) -> int:
         return self.decoder_parameters + self.outside_parameters
+
+    def behind(self, signal: str) -> tuple[str, int] | None:
+        """Where a signal passes no layer's entry: whose first outputs it is, and how many."""
+        for dense in self.family.denses:
+            if dense.reads == signal and dense.behind is not None:
+                return dense.behind, self.denses[dense.path].inputs
+        return None
 
     @cached_property
     def by_signal(self) -> dict[str, list[str]]:
@@ -76,19 +96,38 @@ class Anatomy:
                 return coupling
         return None
 
+    def find(self, kind: str) -> Coupling | None:
+        """The coupling of this kind: ``values`` (attention) or ``neurons`` (FFN)."""
+        return next((c for c in self.family.couplings if c.kind == kind), None)
+
     def coupling(self, kind: str) -> Coupling:
-        """The first coupling of this kind: ``values`` (attention) or ``neurons`` (FFN)."""
-        return next(c for c in self.family.couplings if c.kind == kind)
+        """:meth:`find` where there must be one."""
+        found = self.find(kind)
+        assert found is not None, f"{self.family.name} has no {kind}"
+        return found
+
+    def consumers(self, *kinds: str) -> list[str]:
+        """The layers at whose entry units of these kinds stand, of those that there are."""
+        return [c.consumer for kind in kinds if (c := self.find(kind)) is not None]
 
     @property
     def heads_per_group(self) -> int:
         """Query heads that share one KV group."""
-        return self.query_heads // self.kv_heads
+        return self.query_heads // self.kv_heads if self.kv_heads else 0
 
     @property
     def ffn_width(self) -> int:
-        """Inputs of the layer at whose entry the FFN's neurons stand."""
-        return next(d.inputs for d in self.denses.values() if d.reads == "neurons")
+        """Inputs of the layer at whose entry the FFN's neurons stand; 0 where there is none."""
+        return next((d.inputs for d in self.denses.values() if d.reads == "neurons"), 0)
+
+    def spans(self, coupling: Coupling, name: str) -> list[tuple[Span, int]]:
+        """How the rows of a producer or tensor follow one another, and how many of each kind."""
+        inputs = self.denses[coupling.consumer].inputs
+        width = {"inputs": inputs, "units": self.kv_heads}
+        layout = coupling.layout.get(name, ("inputs",))
+        rows = self.denses[name].rows if name in self.denses else self.tensors[name].rows
+        rest = rows - sum(width.get(span, 0) for span in layout)
+        return [(span, width.get(span, rest)) for span in layout]
 
 
 def describe(model: PreTrainedModel) -> Anatomy:
@@ -137,9 +176,11 @@ def describe(model: PreTrainedModel) -> Anatomy:
             f"{', '.join(n for n, m in block.named_modules() if hasattr(m, 'weight'))}"
         )
     config = model.config
-    heads = int(getattr(config, family.heads))
-    kv_heads = int(getattr(config, family.kv_heads, None) or heads)
-    head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    heads = kv_heads = head_size = 0
+    if family.heads is not None:
+        heads = int(getattr(config, family.heads))
+        kv_heads = int(getattr(config, family.kv_heads, None) or heads)
+        head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     in_blocks = sum(p.numel() for p in blocks.parameters())
     return Anatomy(
         family=family,
@@ -152,7 +193,20 @@ def describe(model: PreTrainedModel) -> Anatomy:
         query_heads=heads,
         kv_heads=kv_heads,
         head_size=head_size,
+        tensors=_tensors(block, family),
+        scan_groups=int(getattr(config, family.scan_groups)) if family.scan_groups else 1,
     )
+
+
+def _tensors(block: Any, family: Family) -> dict[str, RowsShape]:
+    """Tensors of no linear layer that go with units; a bias may be absent, its module not."""
+    found = {}
+    for path in (path for coupling in family.couplings for path in coupling.tensors):
+        owner, _, leaf = path.rpartition(".")
+        tensor = getattr(block.get_submodule(owner), leaf)
+        if tensor is not None:
+            found[path] = RowsShape(len(tensor), tensor.numel() // len(tensor))
+    return found
 
 
 def _by_part(model: PreTrainedModel, blocks: str) -> dict[str, int]:

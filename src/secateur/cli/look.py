@@ -10,6 +10,7 @@ from secateur.cli.options import DataDir, Device, Source, TextField, Trust
 from secateur.cli.tables import print_table
 
 if TYPE_CHECKING:
+    from secateur.anatomy import Anatomy
     from secateur.evaluation.zero_shot import TaskScore
 
 
@@ -39,12 +40,7 @@ def inspect(source: Source, trust_remote_code: Trust = False) -> None:
             + (f"at {anatomy.block_parameters:,} parameters" if alike else "of different sizes"),
         ),
         ("hidden width", f"{config.hidden_size:,}" + (f", sliced to {kept:,}" if kept else "")),
-        ("FFN width", f"{anatomy.ffn_width:,}" + ("" if alike else " in the first block")),
-        (
-            "attention",
-            f"{anatomy.query_heads} query heads in {anatomy.kv_heads} KV groups of size "
-            f"{anatomy.query_heads // anatomy.kv_heads}, head size {anatomy.head_size}",
-        ),
+        *_widths(anatomy, "" if alike else " in the first block"),
         ("vocabulary", f"{config.vocab_size:,}"),
         ("tied head", "yes" if config.tie_word_embeddings else "no"),
     ]
@@ -160,3 +156,20 @@ def _print_scores(scores: list[TaskScore], limit: int | None) -> None:
         f"{origins}; lm-eval {lm_eval.__version__}"
     )
     print()
+
+
+def _widths(anatomy: Anatomy, where: str) -> list[tuple[str, str]]:
+    """What stands between the entry of a block and its end."""
+    found = []
+    if anatomy.ffn_width:
+        mixer = any(dense.reads == "mixer" for dense in anatomy.denses.values())
+        found.append(("inner channels" if mixer else "FFN width", f"{anatomy.ffn_width:,}{where}"))
+    if anatomy.kv_heads and anatomy.coupling("values").keys:
+        text = (
+            f"{anatomy.query_heads} query heads in {anatomy.kv_heads} KV groups of size "
+            f"{anatomy.heads_per_group}, head size {anatomy.head_size}"
+        )
+        found.append(("attention", text))
+    elif anatomy.kv_heads:
+        found.append(("scan", f"{anatomy.kv_heads} heads, head size {anatomy.head_size}{where}"))
+    return found

@@ -20,7 +20,7 @@ from secateur.solvers.mask_tuning import MaskCurve, guarded
 
 #: Which linear layers lose inputs, by the signal that they read.
 DENSES = {
-    "all": {"attention", "heads", "ffn", "neurons"},
+    "all": {"attention", "heads", "ffn", "neurons", "mixer", "scan", "steps"},
     "outputs": {"heads", "neurons"},
     "neurons": {"neurons"},
 }

@@ -116,8 +116,9 @@ class Flap(Scored):
 
     def finish(self, block: Block, cut: BlockCut) -> None:
         """b' = b + W_:P E[x_P] for the removed inputs P."""
-        for name, kept in cut.inputs.items():
-            if not self._compensated(block.anatomy, name):
+        for name in self._denses(block.anatomy):
+            kept = cut.inputs.get(name)
+            if kept is None or not self._compensated(block.anatomy, name):
                 continue
             mean = block.channels[block.anatomy.denses[name].reads].mean.clone()
             mean[kept] = 0

@@ -93,30 +93,34 @@ class Obs(Structured):
         small = 4 * anatomy.decoder_parameters <= SMALL
         return WRITTEN_TOKENS // length if short and small else 0
 
+    def signals(self, anatomy: Anatomy) -> set[str]:
+        """Also those of layers that read the same units, which are fitted too."""
+        found = super().signals(anatomy)
+        if self.options.refit:
+            for coupling in anatomy.family.couplings:
+                if anatomy.denses[coupling.consumer].reads in found:
+                    found |= {anatomy.denses[name].reads for name in coupling.readers}
+        return found
+
     def removal(self, block: Block, name: str, unit: int) -> RefitRemoval:
         return RefitRemoval(block, name, unit, self.options)
 
+    def finish_reader(self, block: Block, cut: BlockCut, name: str) -> None:
+        if self.options.refit:
+            Fit(block, name, self.options).finish(cut, name)
 
-class RefitRemoval:
-    """Units of one layer in greedy order, and the fit of what is kept."""
 
-    def __init__(self, block: Block, name: str, unit: int, options: ObsOptions) -> None:
+class Fit:
+    """The fit of the inputs that one layer keeps."""
+
+    def __init__(self, block: Block, name: str, options: ObsOptions) -> None:
         reads = block.anatomy.denses[name].reads
         self._weight = block.weights[name]
         self._all = block.moments[reads]
         self._apart = block.held_out[reads]
         self._options = options
-        self._order = GreedyOrder(
-            self._weight,
-            self._all.covariance,
-            unit=unit,
-            damping=options.choice_damping,
-            steps=options.steps,
-        )
-        self.kept = self._order.kept
-        self.cost = self._order.error
 
-    def finish(self, removed: int, cut: BlockCut, name: str) -> None:
+    def finish(self, cut: BlockCut, name: str) -> None:
         """New weights of the kept inputs, or the original ones where no fit is better."""
         kept, weight, second = cut.inputs[name], self._weight, self._all.covariance
         pull: float | None = None
@@ -131,3 +135,23 @@ class RefitRemoval:
     def _best(self, kept: torch.Tensor) -> float | None:
         rest = self._all.less(self._apart)
         return best_pull(self._weight, rest.covariance, self._apart.covariance, kept)
+
+
+class RefitRemoval:
+    """Units of one layer in greedy order, and the fit of what is kept."""
+
+    def __init__(self, block: Block, name: str, unit: int, options: ObsOptions) -> None:
+        self._fit = Fit(block, name, options)
+        self._order = GreedyOrder(
+            block.weights[name],
+            block.moments[block.anatomy.denses[name].reads].covariance,
+            unit=unit,
+            damping=options.choice_damping,
+            steps=options.steps,
+        )
+        self.kept = self._order.kept
+        self.cost = self._order.error
+
+    def finish(self, removed: int, cut: BlockCut, name: str) -> None:
+        """See :meth:`Fit.finish`."""
+        self._fit.finish(cut, name)

@@ -19,7 +19,7 @@ from secateur.anatomy import Anatomy
 from secateur.errors import RecipeError
 from secateur.methods.base import Block, Share, Shares
 from secateur.methods.units import Units, group_width
-from secateur.plans import BlockCut, live_rows
+from secateur.plans import BlockCut
 from secateur.solvers.budget import nearest
 from secateur.solvers.pooling import lowest
 
@@ -131,10 +131,11 @@ class Scored(Units):
         """The same share of each block: of its groups, rounded down, the rest in neurons.
 
         Neurons go in pieces; with widths of their own, blocks take turns in losing a piece more.
+        Where blocks have units of one kind, these are what goes in pieces.
         """
-        heads, neurons = (anatomy.coupling(kind).consumer for kind in ("values", "neurons"))
+        heads, neurons = self._kinds(anatomy)
         groups = self._groups_lost(anatomy, costs, total / len(layers))
-        each = costs[heads] * groups - self.extra(anatomy, heads) if groups else 0
+        each = costs[heads] * groups - self.extra(anatomy, heads) if heads and groups else 0
         legal = self._unit_counts(anatomy, neurons)
         goal = (total / len(layers) - each + self.extra(anatomy, neurons)) / costs[neurons]
         if self.form.uniform:
@@ -144,14 +145,20 @@ class Scored(Units):
             for reached in accumulate([goal] * len(layers)):
                 widths.append(nearest(legal, reached - sum(widths)))
         return {
-            layer: {heads: groups, neurons: lost}
+            layer: {neurons: lost} | ({heads: groups} if heads else {})
             for layer, lost in zip(layers, widths, strict=True)
         }
 
+    @staticmethod
+    def _kinds(anatomy: Anatomy) -> tuple[str | None, str]:
+        """Where units go of which one is worth many of the other kind, and where the others go."""
+        *coarse, fine = anatomy.consumers("values", "neurons")
+        return (coarse[0] if coarse else None), fine
+
     def _groups_lost(self, anatomy: Anatomy, costs: dict[str, int], part: float) -> int:
         """KV groups that each block loses when it loses ``part`` parameters."""
-        heads, neurons = (anatomy.coupling(kind).consumer for kind in ("values", "neurons"))
-        if heads not in costs:
+        heads, neurons = self._kinds(anatomy)
+        if heads is None or heads not in costs:
             return 0
         if isinstance(self.options.groups, int):
             return anatomy.kv_heads - self.options.groups
@@ -171,7 +178,7 @@ class Scored(Units):
         A KV group is worth hundreds of neurons, so once the groups stand, the neurons are cut again
         for what is left: the last unit of the common order would miss the total by half a group.
         """
-        heads, neurons = (anatomy.coupling(kind).consumer for kind in ("values", "neurons"))
+        heads, neurons = self._kinds(anatomy)
         legal = {name: self._unit_counts(anatomy, name) for name in costs}
 
         def removed(counts: Mapping[tuple[int, str], int]) -> int:
@@ -183,9 +190,11 @@ class Scored(Units):
             return lowest(ranked, lambda key, n: nearest(legal[key[1]], n), removed, goal)
 
         groups: dict[tuple[int, str], int] = {}
-        if heads in costs and isinstance(self.options.groups, int):
+        if heads is None or heads not in costs:
+            pass
+        elif isinstance(self.options.groups, int):
             groups = {(i, heads): self._groups_lost(anatomy, costs, 0) for i in surveys}
-        elif heads in costs:
+        else:
             together = lowest_of([heads, neurons], total)
             groups = {key: count for key, count in together.items() if key[1] == heads}
         found = groups | lowest_of([neurons], total - removed(groups))
@@ -222,8 +231,7 @@ class Scored(Units):
             units = left.nonzero()[:, 0].to(gone.device)
             places = torch.arange(width, device=units.device)
             inputs[name] = (units[:, None] * width + places).flatten()
-        groups = self._groups(anatomy, inputs)
-        cut = BlockCut(block.source, inputs, rows=live_rows(anatomy, inputs, groups), groups=groups)
+        cut = self._block_cut(block.source, anatomy, inputs)
         self.finish(block, cut)
         return cut
 

@@ -20,7 +20,7 @@ from secateur.anatomy import Anatomy
 from secateur.errors import RecipeError
 from secateur.methods.base import Block, Quotas
 from secateur.methods.units import Units, group_width
-from secateur.plans import BlockCut, live_rows
+from secateur.plans import BlockCut
 from secateur.solvers.budget import Curve, LazyValues, share_out, threshold_search
 
 
@@ -131,7 +131,7 @@ class Structured(Units):
             return (anatomy.kv_heads - groups) * width
         if not self.form.uniform:
             return None
-        heads, neurons = (anatomy.coupling(kind).consumer for kind in ("values", "neurons"))
+        heads, neurons = anatomy.consumers("values", "neurons")
         most = self._legal(anatomy, neurons)
         legal = [count for count in most if count <= self.options.cap * most[-1]]
         full = {name: torch.arange(anatomy.denses[name].inputs) for name in (heads, neurons)}
@@ -166,12 +166,16 @@ class Structured(Units):
             curves, lambda counts: self._removed(anatomy, kept(dict(counts))), quota
         )
         inputs = kept(counts)
-        groups = self._groups(anatomy, inputs)
-        cut = BlockCut(block.source, inputs, rows=live_rows(anatomy, inputs, groups), groups=groups)
+        cut = self._block_cut(block.source, anatomy, inputs)
         cut.notes = {"threshold": short(threshold), "error": {}}
-        for name in cut.inputs:
+        for name in inputs:
             removals[name].finish(counts[name], cut, name)
+        for name in cut.inputs.keys() - inputs.keys():
+            self.finish_reader(block, cut, name)
         return cut
+
+    def finish_reader(self, block: Block, cut: BlockCut, name: str) -> None:
+        """Make up for inputs that another layer reads and that went for its sake."""
 
     def _curve(self, removal: Removal, legal: Sequence[int]) -> Curve:
         """Values of the stopping rule at up to ``grid`` legal numbers of removed inputs.

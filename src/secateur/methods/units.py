@@ -13,9 +13,10 @@ from typing import Any, Literal
 import torch
 
 from secateur.anatomy import Anatomy
+from secateur.coupled import live_rows, norm_scales, removed_by_counts, with_readers
 from secateur.errors import RecipeError
 from secateur.methods.base import Method
-from secateur.plans import live_rows, removed_by_counts
+from secateur.plans import BlockCut
 
 
 class Units(Method):
@@ -32,7 +33,23 @@ class Units(Method):
 
     def check(self, anatomy: Anatomy) -> None:
         """Whether blocks of this model can keep the wanted number of KV groups."""
-        wanted = self.options.groups
+        kinds, wanted = anatomy.consumers("values", "neurons"), self.options.groups
+        if len(kinds) == 1 and wanted != "auto":
+            raise RecipeError(
+                f"groups is {wanted}, but blocks of {anatomy.model_type} are not made of KV groups "
+                "and neurons: leave it out"
+            )
+        if self.form.structure == "coupled" and anatomy.scan_groups > 1:
+            raise RecipeError(
+                f"heads of this {anatomy.model_type} model share B and C in {anatomy.scan_groups} "
+                f"groups ({anatomy.family.scan_groups}), whose heads cannot go one by one: use "
+                "--method comp with --structure inputs, or --method shortgpt"
+            )
+        if not self._denses(anatomy):
+            raise RecipeError(
+                f"the stock class of {anatomy.model_type} holds {anatomy.kv_heads} heads and no "
+                f"other number, and method {self.name} removes nothing else: use --layout per-layer"
+            )
         legal = self.form.groups or tuple(range(1, anatomy.kv_heads + 1))
         if isinstance(wanted, int) and wanted not in legal:
             raise RecipeError(
@@ -88,6 +105,8 @@ class Units(Method):
         return range(dense.inputs)
 
     def _removed(self, anatomy: Anatomy, inputs: dict[str, torch.Tensor]) -> int:
+        if self.form.structure == "coupled":
+            inputs = with_readers(anatomy, inputs)
         counts = {name: len(kept) for name, kept in inputs.items()}
         live = live_rows(anatomy, inputs, self._groups(anatomy, inputs))
         rows = {name: len(kept) for name, kept in live.items()}
@@ -95,10 +114,20 @@ class Units(Method):
 
     def _groups(self, anatomy: Anatomy, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
         """The KV groups that make the kept inputs of the attention output, if some went."""
-        kept = inputs.get(anatomy.coupling("values").consumer)
+        kept = next((inputs.get(name) for name in anatomy.consumers("values")), None)
         if self.form.structure == "inputs" or kept is None:
             return None
         return kept[:: group_width(anatomy)] // group_width(anatomy)
+
+    def _block_cut(
+        self, source: int, anatomy: Anatomy, inputs: dict[str, torch.Tensor]
+    ) -> BlockCut:
+        """The cut of a block whose linear layers keep these inputs, and all that follows."""
+        groups = self._groups(anatomy, inputs)
+        if self.form.structure == "coupled":
+            inputs = with_readers(anatomy, inputs)
+        rows = live_rows(anatomy, inputs, groups)
+        return BlockCut(source, inputs, norm_scales(anatomy, rows), rows, groups=groups)
 
     def _in_groups(self, anatomy: Anatomy, name: str) -> bool:
         """Whether the inputs of a layer go in whole KV groups."""

@@ -14,7 +14,8 @@ from secateur.checkpoint import Checkpoint
 from secateur.checkpoint.writer import write_bytes, write_json, write_tensors
 from secateur.errors import OutputError
 from secateur.modules import MODELING_FILE, kind_of, modeling_file, pruned_type
-from secateur.plans import BlockCut, Plan, Tensors, slice_block
+from secateur.plans import BlockCut, Plan, Tensors
+from secateur.slicing import slice_block
 
 INDEX = "model.safetensors.index.json"
 RECORD = "secateur.json"
@@ -208,8 +209,9 @@ def stock_keys(checkpoint: Checkpoint, plan: Plan) -> dict[str, int] | None:
         return None
     if widths is None or widths.kv_groups not in stock_groups(checkpoint, plan.anatomy):
         return None
+    width = plan.anatomy.family.ffn_width
     return {
-        plan.anatomy.family.ffn_width: widths.ffn,
+        **({width: widths.ffn} if width is not None else {}),
         **_group_keys(plan.anatomy, widths.kv_groups),
     }
 
@@ -217,7 +219,7 @@ def stock_keys(checkpoint: Checkpoint, plan: Plan) -> dict[str, int] | None:
 def _group_keys(anatomy: Anatomy, groups: int) -> dict[str, int]:
     """Config keys for fewer KV groups of the same head size; none where nothing changes."""
     family = anatomy.family
-    if groups == anatomy.kv_heads or family.head_size is None:
+    if groups == anatomy.kv_heads or family.head_size is None or family.heads is None:
         return {}
     return {
         family.heads: groups * anatomy.heads_per_group,

@@ -1,0 +1,94 @@
+"""Methods on the small trained models of the tests: perplexity after losing 10% and 20%.
+
+    python bench/tiny_models.py tests/models/tiny-mamba --text stdlib
+    python bench/tiny_models.py tests/models/tiny-opt --text builtin
+
+With ``stdlib``, calibration is the documentation in Python's standard library, and perplexity is
+taken on modules that the models have not been trained on (``stdlib_text.py``); with ``builtin``,
+both are the built-in passages. Shares are of the decoder. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import stdlib_text
+
+from secateur import evaluate
+from secateur.errors import SecateurError
+from secateur.pruning import prune
+from secateur.recipe import make_recipe
+
+#: Calibration: as many windows, of so many tokens.
+SAMPLES, LENGTH = 16, 128
+#: Evaluation.
+WINDOWS = 40
+#: The first two blocks and the last may lose something too: of six, too few would be left.
+OPEN = {"layers": 0, "exempt_first": 0, "exempt_last": 0}
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "shortgpt": ("shortgpt", {}),
+    "comp, whole blocks too": ("comp", {"exempt_first": 0, "exempt_last": 0}),
+    "comp": ("comp", OPEN),
+    "comp, inputs": ("comp", {**OPEN, "denses": "all"}),
+    "random": ("random", {}),
+    "magnitude-sp": ("magnitude-sp", {}),
+    "wanda-sp": ("wanda-sp", {}),
+    "flap": ("flap", {}),
+    "obs": ("obs", OPEN),
+}
+
+
+def texts(kind: str, folder: Path) -> tuple[str, str]:
+    """Names of the calibration and the evaluation text."""
+    if kind == "builtin":
+        return "builtin", "builtin"
+    train, held_out = stdlib_text.documents()
+    calibration, evaluation = folder / "calibration.jsonl", folder / "evaluation.txt"
+    calibration.write_text("".join(json.dumps({"text": text}) + "\n" for text in train), "utf-8")
+    evaluation.write_text("\n\n".join(held_out), "utf-8")
+    return str(calibration), str(evaluation)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--text", choices=["stdlib", "builtin"], default="stdlib")
+    parser.add_argument("--shares", nargs="+", default=["10%", "20%"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        calibration, evaluation = texts(args.text, folder)
+        measure = {"text": evaluation, "length": LENGTH, "windows": WINDOWS}
+        print(f"dense: {evaluate(args.source, **measure).value:.1f}", flush=True)
+        print("| method |" + "".join(f" {share} |" for share in args.shares))
+        print("|---|" + "---|" * len(args.shares), flush=True)
+        for name in args.methods:
+            row = f"| {name} |"
+            for share in args.shares:
+                method, options = METHODS[name]
+                recipe = make_recipe(
+                    remove=share,
+                    of="decoder",
+                    method=method,
+                    options=options,
+                    calibration={"source": calibration, "samples": SAMPLES, "length": LENGTH},
+                )
+                out = folder / f"{name}-{share}"
+                try:
+                    done = prune(args.source, out, recipe, verify=False)
+                except SecateurError as error:
+                    row += f" {error} |"
+                    continue
+                sizes, before = done.plan.sizes(), done.plan.sizes_before()
+                lost = sizes.decoder_share_removed(before)
+                row += f" {evaluate(out, **measure).value:.1f} ({lost:.1%}) |"
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
