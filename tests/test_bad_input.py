@@ -37,7 +37,7 @@ from secateur.outputs.verify import Verification
 SMALL = ("--remove", "5%", "--samples", "4", "--length", "16")
 PROGRESS = re.compile(
     r"(estimate|layer stage|cutting blocks|continuing|perplexity|"
-    r"drawing copy \d of the calibration text)[ ,:]"
+    r"drawing copy \d of the calibration text|writing \d+ windows of calibration text)[ ,:]"
 )
 DAMAGED = "; fetch it again"
 
@@ -658,9 +658,9 @@ TARGETS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "two": (
         ("--remove", "20%", "--params", "1K"),
-        "give exactly one of --remove, --params and --size, not --remove and --params",
+        "give exactly one of --remove, --params, --size and --sparsity, not --remove and --params",
     ),
-    "none": ((), "give exactly one of --remove, --params and --size, not none of them"),
+    "none": ((), "give exactly one of --remove, --params, --size and --sparsity, not none of them"),
     "decoder without share": (
         ("--params", "30K", "--of", "decoder"),
         "--of decoder goes with --remove",
@@ -715,7 +715,7 @@ def test_share_that_blocks_cannot_lose(run: Run, llama: Path, out: Path) -> None
 
 
 OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
-    "method": (("--method", "magic"), "method magic is not known: choose one of comp, <*>obs<*>"),
+    "method": (("--method", "magic"), "method magic is not known: choose one of <*>comp, <*>obs<*>"),
     "setting": (
         ("--set", "speed=3"),
         "option of method obs speed is not known: allowed are cap, choice_damping, <*>",
@@ -848,8 +848,8 @@ def test_no_arguments_show_help(run: Run) -> None:
 
 RECIPES: dict[str, tuple[str, str]] = {
     "unknown field": ("remove: 5%\nspeed: 2", "recipe field speed is not known: allowed are "
-                      "remove, params, size, of, method, options, calibration, structure, layout, "
-                      "round_to, seed, dtype"),
+                      "remove, params, size, sparsity, of, method, options, then, then_options, "
+                      "calibration, structure, layout, round_to, seed, dtype"),
     "unknown calibration": (
         "remove: 5%\ncalibration: {windows: 2}",
         "recipe field calibration.windows is not known: allowed are source, samples, length, "

@@ -199,7 +199,7 @@ def test_a_recipe_file_and_options_over_it(
     assert asked == [3418, 6835, 8000]
     code, _, err = call("plan", source, "--recipe", file, "--remove", "20%", "--size", "1MB")
     assert code == 2
-    assert "exactly one of --remove, --params and --size" in err
+    assert "exactly one of --remove, --params, --size and --sparsity" in err
     _, out, _ = call("plan", source, "--recipe", file, "--remove", "40%", "--layers", "1")
     assert row(out, "blocks")[1] == "3"
 

@@ -206,8 +206,9 @@ def test_recipes_are_rows_and_options_win_over_them(tmp_path: Path) -> None:
         ),
         (
             {"methods": ["comp"], "remove": ["10%"], "depth": 3},
-            "recipe field depth is not known: allowed are remove, params, size, of, method, "
-            "options, calibration, structure, layout, round_to, seed, dtype",
+            "recipe field depth is not known: allowed are remove, params, size, "
+            "sparsity, of, method, options, then, then_options, calibration, structure, layout, "
+            "round_to, seed, dtype",
         ),
     ],
 )

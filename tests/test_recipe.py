@@ -123,18 +123,19 @@ def test_recipes_of_the_repository_are_valid() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "give exactly one of --remove, --params and --size, not none of them"),
+        ({}, "give exactly one of --remove, --params, --size and --sparsity, not none of them"),
         (
             {"remove": "1%", "size": "1MB", "params": "1"},
-            "give exactly one of --remove, --params and --size, not --remove and --params and "
+            "give exactly one of --remove, --params, --size and --sparsity, not --remove and --params and "
             "--size",
         ),
         ({"params": "1M", "of": "decoder"}, "--of decoder goes with --remove"),
         ({"remove": 20}, "recipe field remove is 20: Input should be a valid string"),
         (
             {"remove": "1%", "seeds": 1},
-            "recipe field seeds is not known: allowed are remove, params, size, of, method, "
-            "options, calibration, structure, layout, round_to, seed, dtype",
+            "recipe field seeds is not known: allowed are remove, params, size, "
+            "sparsity, of, method, options, then, then_options, calibration, structure, layout, "
+            "round_to, seed, dtype",
         ),
         (
             {"remove": "1%", "calibration": {"windows": 1}},
@@ -212,7 +213,7 @@ def test_options_of_the_method() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("wanda", {}, "method wanda is not known: choose one of comp, <*>obs<*>"),
+        ("fern", {}, "method fern is not known: choose one of <*>comp, <*>obs<*>"),
         ("comp", {"speed": 1}, "option of method comp speed is not known: allowed are <*>"),
         ("comp", {"order": "size"}, "option of method comp order is 'size': Input should be "
          "'condition', <*>"),

@@ -40,13 +40,10 @@ class FitText:
         """
         late = math.ceil(self._method.held_out * len(tokens))
         fitted = tokens[: len(tokens) - late]
-        own = self._method.written(self._stream.anatomy, *tokens.shape)
-        times = 0 if own else self._method.copies(*tokens.shape)
-        if own:
-            more = self._author.windows(own, tokens.shape[1])
-        elif times:
+        parts = [fitted]
+        if times := self._method.copies(*tokens.shape):
             copies = self._resampler.copies(tokens, times)
-            more = copies[:, : len(fitted)].flatten(0, 1)
-        else:
-            return tokens, late
-        return torch.cat([fitted, more, tokens[len(fitted) :]]), late
+            parts.append(copies[:, : len(fitted)].flatten(0, 1))
+        if own := self._method.written(self._stream.anatomy, *tokens.shape):
+            parts.append(self._author.windows(own, tokens.shape[1]))
+        return torch.cat([*parts, tokens[len(fitted) :]]), late
