@@ -715,7 +715,10 @@ def test_share_that_blocks_cannot_lose(run: Run, llama: Path, out: Path) -> None
 
 
 OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
-    "method": (("--method", "magic"), "method magic is not known: choose one of <*>comp, <*>obs<*>"),
+    "method": (
+        ("--method", "magic"),
+        "method magic is not known: choose one of <*>comp, <*>obs<*>",
+    ),
     "setting": (
         ("--set", "speed=3"),
         "option of method obs speed is not known: allowed are cap, choice_damping, <*>",

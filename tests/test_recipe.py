@@ -126,7 +126,8 @@ def test_recipes_of_the_repository_are_valid() -> None:
         ({}, "give exactly one of --remove, --params, --size and --sparsity, not none of them"),
         (
             {"remove": "1%", "size": "1MB", "params": "1"},
-            "give exactly one of --remove, --params, --size and --sparsity, not --remove and --params and "
+            "give exactly one of --remove, --params, --size and --sparsity, not --remove and "
+            "--params and "
             "--size",
         ),
         ({"params": "1M", "of": "decoder"}, "--of decoder goes with --remove"),

@@ -11,6 +11,7 @@ import torch
 from test_outputs import random_tokens
 from transformers import AutoModelForCausalLM
 
+from secateur.anatomy import Anatomy
 from secateur.authoring import Author
 from secateur.checkpoint import open_checkpoint
 from secateur.engine import Engine
@@ -72,7 +73,7 @@ def test_what_fits_are_judged_by_has_no_copies(
 ) -> None:
     """The windows behind the held-out ones are originals; copies are of the others alone."""
     stream = Stream(open_checkpoint(model_folder("llama-gqa-tied")))
-    method = get_method("obs", {"copies": 2, "layers": 0}, Form("coupled"))
+    method = get_method("obs", {"copies": 2, "written": 0, "layers": 0}, Form("coupled"))
     engine = Engine(
         stream, method, to_remove=1000, seed=3, dtype=torch.float32, progress=Progress()
     )
@@ -105,11 +106,21 @@ def _nothing() -> object:
 
 
 @pytest.mark.parametrize(("windows", "length", "copies"), [(10, 128, 8), (64, 512, 0), (2, 16, 8)])
-def test_copies_by_default(windows: int, length: int, copies: int) -> None:
-    assert get_method("obs", {}, Form("coupled")).copies(windows, length) == copies
-    assert get_method("obs", {"refit": False}, Form("coupled")).copies(windows, length) == 0
-    assert get_method("obs", {"copies": 3}, Form("coupled")).copies(windows, length) == 3
-    assert get_method("comp", {}, Form("coupled")).copies(windows, length) == 0
+def test_copies_by_default(windows: int, length: int, copies: int, model_folder: Folder) -> None:
+    small = Stream(open_checkpoint(model_folder("llama-gqa-tied"))).anatomy
+    large = replace(small, layers=10**6)  # its blocks are too many to write text with
+
+    def made(name: str, options: dict[str, int | bool], anatomy: Anatomy = large) -> int:
+        method = get_method(name, options, Form("coupled"))
+        assert isinstance(method, Method)
+        return method.copies(anatomy, windows, length)
+
+    assert made("obs", {}) == copies
+    assert made("obs", {}, small) == min(copies, 4)
+    assert made("obs", {"written": 0}, small) == copies
+    assert made("obs", {"refit": False}) == 0
+    assert made("obs", {"copies": 3}, small) == 3
+    assert made("comp", {}) == 0
 
 
 # ---- windows that the model writes -----------------------------------------------------------
@@ -150,10 +161,14 @@ def test_written_windows_follow_the_models_own_odds(model_folder: Folder) -> Non
     assert abs(got - uniform) > 0.3
 
 
-def test_statistics_take_written_windows_in_place_of_copies(model_folder: Folder) -> None:
+def test_statistics_take_written_windows_too(model_folder: Folder) -> None:
     stream = Stream(open_checkpoint(model_folder("llama-gqa-tied")))
     tokens = random_tokens(4, 16)
-    for options, count in (({}, 512), ({"written": 3}, 3), ({"written": 0, "copies": 0}, 0)):
+    for options, count in (
+        ({}, 512),
+        ({"written": 3, "copies": 0}, 3),
+        ({"written": 0, "copies": 0}, 0),
+    ):
         method = get_method("obs", {"layers": 0, **options}, Form())
         assert isinstance(method, Method)
         assert method.written(stream.anatomy, 4, 16) == count

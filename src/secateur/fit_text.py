@@ -40,10 +40,10 @@ class FitText:
         """
         late = math.ceil(self._method.held_out * len(tokens))
         fitted = tokens[: len(tokens) - late]
-        parts = [fitted]
-        if times := self._method.copies(*tokens.shape):
+        parts, anatomy = [fitted], self._stream.anatomy
+        if times := self._method.copies(anatomy, *tokens.shape):
             copies = self._resampler.copies(tokens, times)
             parts.append(copies[:, : len(fitted)].flatten(0, 1))
-        if own := self._method.written(self._stream.anatomy, *tokens.shape):
+        if own := self._method.written(anatomy, *tokens.shape):
             parts.append(self._author.windows(own, tokens.shape[1]))
         return torch.cat([*parts, tokens[len(fitted) :]]), late

@@ -123,7 +123,7 @@ class Run(Opened):
         anatomy = self.stream.anatomy
         passes, heads = self.engine.passes()
         written = self.method.written(anatomy, spec.samples, spec.length)
-        copies = 0 if written else self.method.copies(spec.samples, spec.length)
+        copies = self.method.copies(anatomy, spec.samples, spec.length)
         if copies:  # made in as many passes over the windows as there are copies: one over them all
             passes, heads = passes + 1, heads + 1
         return estimate(

@@ -153,7 +153,7 @@ class Method(AnyMethod):
         cosine = torch.nn.functional.cosine_similarity(inputs, outputs, dim=-1)
         return 1 - float(cosine.double().mean())
 
-    def copies(self, windows: int, length: int) -> int:
+    def copies(self, anatomy: Anatomy, windows: int, length: int) -> int:
         """Resampled copies of the calibration windows that statistics are taken from as well."""
         return 0
 

@@ -78,8 +78,8 @@ class Chain(Method):
     def layer_importance(self, inputs: torch.Tensor, outputs: torch.Tensor) -> float:
         return self._first.layer_importance(inputs, outputs)
 
-    def copies(self, windows: int, length: int) -> int:
-        return self._first.copies(windows, length)
+    def copies(self, anatomy: Anatomy, windows: int, length: int) -> int:
+        return self._first.copies(anatomy, windows, length)
 
     def written(self, anatomy: Anatomy, windows: int, length: int) -> int:
         return self._first.written(anatomy, windows, length)

@@ -26,6 +26,8 @@ SMALL = 2**30
 #: Calibration tokens beyond which copies are not worth their time, and most copies that auto makes.
 ENOUGH_TOKENS = 12_000
 MOST_COPIES = 8
+#: Most copies that auto makes beside windows that the model writes.
+COPIES_BESIDE = 4
 
 
 class ObsOptions(StructuredOptions):
@@ -46,13 +48,14 @@ class ObsOptions(StructuredOptions):
     copies: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
         description="copies of the calibration windows with tokens that the model drew anew, to "
-        "fit to as well; auto: as many as make 12,000 tokens of it",
+        "fit to as well; auto: as many as make 12,000 tokens of it, at most 8, or 4 beside written "
+        "windows",
     )
     written: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
-        description="windows that the model writes itself, in place of copies; auto: 8,192 tokens "
-        "of them where its blocks are below 1 GiB in float32, since all must be in memory, and "
-        "text is short",
+        description="windows that the model writes itself, to fit to as well; auto: 8,192 tokens "
+        "of them where calibration text is short and the blocks are below 1 GiB in float32, since "
+        "all must be in memory",
     )
     steps: int = Field(256, ge=8, description="steps of the greedy removal in each layer")
 
@@ -79,19 +82,26 @@ class Obs(Structured):
                 "coupled, or --method comp"
             )
 
-    def copies(self, windows: int, length: int) -> int:
+    def copies(self, anatomy: Anatomy, windows: int, length: int) -> int:
         if not self.options.refit:
             return 0
         if self.options.copies == "auto":
-            return min(MOST_COPIES, max(0, ENOUGH_TOKENS // (windows * length) - 1))
+            most = COPIES_BESIDE if self.written(anatomy, windows, length) else MOST_COPIES
+            return min(most, self._lacking(windows, length))
         return int(self.options.copies)
 
     def written(self, anatomy: Anatomy, windows: int, length: int) -> int:
-        if self.options.written != "auto":
-            return int(self.options.written) if self.options.refit else 0
-        short = self.copies(windows, length) > 0 and self.options.copies == "auto"
-        small = 4 * anatomy.decoder_parameters <= SMALL
-        return WRITTEN_TOKENS // length if short and small else 0
+        if not self.options.refit:
+            return 0
+        if self.options.written == "auto":
+            small = 4 * anatomy.decoder_parameters <= SMALL
+            lacking = bool(self._lacking(windows, length))
+            return WRITTEN_TOKENS // length if small and lacking else 0
+        return int(self.options.written)
+
+    def _lacking(self, windows: int, length: int) -> int:
+        """How many times the calibration text would have to be there once more."""
+        return max(0, ENOUGH_TOKENS // (windows * length) - 1)
 
     def signals(self, anatomy: Anatomy) -> set[str]:
         """Also those of layers that read the same units, which are fitted too."""
