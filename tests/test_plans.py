@@ -26,10 +26,9 @@ from secateur.plans import (
     Tensors,
     block_removed,
     live_rows,
-    mask_block,
     removed_by_counts,
-    slice_block,
 )
+from secateur.slicing import mask_block, slice_block
 
 LAYERS = 2
 INDEX_BUFFERS = (".in_index", ".out_index")

@@ -107,7 +107,7 @@ def blocks_with_weights(stream: Stream) -> list[int]:
 # ---- the same numbers ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", tiny.MODELS)
+@pytest.mark.parametrize("name", [*tiny.MODELS, *tiny.STATE_SPACE])
 @pytest.mark.parametrize(
     ("per_call", "per_head_call"), [(4096, 512), (24, 24), (1, 1)], ids=["one", "two", "single"]
 )
@@ -146,7 +146,7 @@ def test_windows_of_several_lengths_go_through_one_stream(model_folder: Folder) 
         )
 
 
-@pytest.mark.parametrize("name", tiny.MODELS)
+@pytest.mark.parametrize("name", [*tiny.MODELS, *tiny.STATE_SPACE])
 def test_filled_skeleton_is_the_whole_model(name: str, model_folder: Folder) -> None:
     tokens = random_tokens(2, 12)
     filled = load_whole(open_checkpoint(model_folder(name)))

@@ -20,11 +20,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"num_key_value_heads": 2}),
     "qwen3": ("qwen3", {"num_key_value_heads": 2, "head_dim": 8}),
     "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.0}),
+    "opt-project": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 16, "dropout": 0.0}),
+}
+#: The same of families without attention.
+STATE_SPACE: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("mamba", {"state_size": 4, "time_step_rank": 5, "expand": 2}),
     "mamba-biases": ("mamba", {"state_size": 4, "use_bias": True, "use_conv_bias": False}),
     "mamba2": ("mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}),
     "mamba2-groups": ("mamba2", {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2}),
-    "opt-project": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 16, "dropout": 0.0}),
 }
 
 
@@ -32,7 +35,7 @@ def make_model(name: str, layers: int = 4, seed: int = 0) -> Any:
     """A random model with weights large enough that its logits differ from token to token."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    model_type, settings = MODELS[name]
+    model_type, settings = {**MODELS, **STATE_SPACE}[name]
     common: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,

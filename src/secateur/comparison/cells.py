@@ -85,7 +85,7 @@ def make_cells(
 
     def makes_zeros(setting: str | Path) -> bool:
         if isinstance(setting, Path):
-            return load_recipe(setting).sparsity is not None
+            return _asks_for_zeros(setting)
         # Of random there are two; where nothing is to be removed, zeros are meant.
         name = "random-sparse" if setting == "random" and not remove else setting
         return bool(getattr(method_class(name), "makes_zeros", False))
@@ -149,6 +149,21 @@ def _check(
     for single, several in (("seed", "seeds"), ("method", "methods")):
         if single in fields:
             raise RecipeError(f"a comparison takes {several}, a list, and not {single}")
+
+
+def _asks_for_zeros(file: Path) -> bool:
+    """Whether a recipe makes zeros alone; what is wrong with the file, its cells will say."""
+    import yaml
+
+    from secateur.methods import method_class
+
+    try:
+        raw = yaml.safe_load(file.expanduser().read_text(encoding="utf-8"))
+        if raw.get("sparsity") is not None:
+            return raw.get("then") is None
+        return bool(getattr(method_class(raw["method"]), "makes_zeros", False))
+    except Exception:  # no such file, not YAML, no method named, an unknown one
+        return False
 
 
 def _check_cells(cells: Sequence[Cell], own: Mapping[str, Any]) -> None:
