@@ -20,11 +20,13 @@ from secateur.anatomy import Anatomy
 from secateur.checkpoint import open_checkpoint
 from secateur.comparison.cells import make_cells
 from secateur.errors import RecipeError, SecateurError
+from secateur.exporting import export, verify
 from secateur.forms import Form
 from secateur.masking import masked_hidden
 from secateur.methods import get_method, method_class, method_names
 from secateur.methods.ria import Ria
 from secateur.methods.sparse import SAME_SIZE
+from secateur.outputs.verify import Verification
 from secateur.pipeline import make_plan
 from secateur.pruning import prune
 from secateur.recipe import Recipe, load_recipe, make_recipe
@@ -553,3 +555,34 @@ def test_permuted_layers_compute_what_they_did(model_folder: Folder) -> None:
             layer.weight = torch.nn.Parameter(layer.weight[:, order])
         assert not torch.equal(neurons, torch.arange(width))
         torch.testing.assert_close(stream.forward_block(0, module, hidden), before)
+
+
+# ---- what becomes of it ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["apt", "ria 2:4"])
+def test_a_sparse_folder_is_verified_and_exported(
+    case: str, model_folder: Folder, tmp_path: Path
+) -> None:
+    """Against its source as well; and the file says that zeros gain nothing in it."""
+    source = model_folder("llama-biases" if case.startswith("ria") else "llama-gqa-tied")
+    done = prune(source, tmp_path / "out", recipe(case), verify=False)
+    found = verify(done.out, against=source)
+    assert isinstance(found, Verification)
+    assert found.max_difference <= 1e-3 * max(1.0, found.max_logit)
+    if case.startswith("ria"):
+        return
+    exported = export(done.out, tmp_path / "out.gguf", weights="f32", verify=False)
+    whole = export(source, tmp_path / "whole.gguf", weights="f32", verify=False)
+    assert exported.notes[len(whole.notes) :] == [
+        f"its {done.plan.zeros:,} zeros are stored like all other weights: llama.cpp knows no "
+        "sparse type, so the file is as large and as fast as without them"
+    ]
+    again = Stream(open_checkpoint(exported.path))
+    zeros = sum(
+        int((tensor == 0).sum())
+        for layer in range(again.anatomy.layers)
+        for name, tensor in again.read_block(layer).items()
+        if name.removesuffix(".weight") in again.anatomy.denses
+    )
+    assert zeros == done.plan.zeros

@@ -24,6 +24,7 @@ from secateur.errors import OutputError
 from secateur.outputs import gguf_arch
 from secateur.outputs.gguf_arch import Entry
 from secateur.outputs.gguf_tokenizer import add_tokenizer
+from secateur.outputs.hf import RECORD
 from secateur.plans import Widths
 from secateur.streaming import Stream
 
@@ -142,11 +143,27 @@ def export(
                 whole.unlink(missing_ok=True)
             with beside.open("rb") as file:
                 os.fsync(file.fileno())
+        notes += _on_zeros(stream.checkpoint.folder)
         size = beside.stat().st_size
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
     return Exported(path, arch, size, notes)
+
+
+def _on_zeros(folder: Path) -> list[str]:
+    """That zeros gain nothing here, where the folder's record says that there are any."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        zeros = int(record["reached"].get("zeros", 0))
+    except (OSError, ValueError, KeyError, AttributeError):  # no record of ours
+        return []
+    if not zeros:
+        return []
+    return [
+        f"its {zeros:,} zeros are stored like all other weights: llama.cpp knows no sparse type, "
+        "so the file is as large and as fast as without them"
+    ]
 
 
 def _quantized(whole: Path, beside: Path, path: Path, kind: str) -> list[str]:
