@@ -446,7 +446,7 @@ def test_export_without_verification(models: Models, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "out", "wishes", "text"),
     [
-        ("dense", "e.gguf", ("--to", "onnx"), "--to is 'onnx': allowed is gguf"),
+        ("dense", "e.gguf", ("--to", "onnx"), "--to is 'onnx': allowed is gguf, packed, plain"),
         ("dense", "e.gguf", ("--type", "q9"), f"type is 'q9': allowed are {TYPES}"),
         ("dense", "e.bin", (),
          "output {out} must end in .gguf, which other programs know it by"),

@@ -1018,7 +1018,7 @@ def test_places_that_cannot_be_written(source_of: Callable[[str], Path], tmp_pat
     )
     refused(
         lambda: export_command(source, tmp_path / "out.gguf", to="onnx"),
-        "--to is 'onnx': allowed is gguf",
+        "--to is 'onnx': allowed is gguf, packed, plain",
     )
     exists = f"output {mine} exists: choose another --out, or remove it first"
     refused(lambda: export_command(source, mine), exists)

@@ -13,23 +13,28 @@ from typing import Any
 import pytest
 import torch
 from folders import bytes_of
+from hypothesis import given
+from hypothesis import strategies as st
 from test_kill import KILLED, SERVER
 from test_outputs import logits_of, modules_cache, random_tokens, reopen
 
 from secateur.anatomy import Anatomy
 from secateur.checkpoint import open_checkpoint
+from secateur.checkpoint.packed import pack, packed_shape, unpack
 from secateur.comparison.cells import make_cells
-from secateur.errors import RecipeError, SecateurError
+from secateur.errors import OutputError, RecipeError, SecateurError, SourceError
 from secateur.exporting import export, verify
 from secateur.forms import Form
 from secateur.masking import masked_hidden
 from secateur.methods import get_method, method_class, method_names
 from secateur.methods.ria import Ria
 from secateur.methods.sparse import SAME_SIZE
+from secateur.outputs.packed import NOTE
 from secateur.outputs.verify import Verification
 from secateur.pipeline import make_plan
 from secateur.pruning import prune
 from secateur.recipe import Recipe, load_recipe, make_recipe
+from secateur.semi_structured import is_two_of_four, semi_structured
 from secateur.solvers.patterns import lowest_in_groups
 from secateur.solvers.permutation import assign, deal, retained
 from secateur.solvers.removal import Removal, remove
@@ -586,3 +591,116 @@ def test_a_sparse_folder_is_verified_and_exported(
         if name.removesuffix(".weight") in again.anatomy.denses
     )
     assert zeros == done.plan.zeros
+
+
+@pytest.mark.parametrize("case", ["apt", "sparsegpt 2:4"])
+def test_packed_files_shrink_and_come_back(case: str, model_folder: Folder, tmp_path: Path) -> None:
+    done = prune(model_folder("llama-gqa-tied"), tmp_path / "out", recipe(case), verify=False)
+    packed = export(done.out, tmp_path / "packed", to="packed")
+    share = parse_sparsity(recipe(case).sparsity or "").share
+    plan = done.plan
+    weights = sum(d.rows * d.inputs for d in plan.anatomy.denses.values()) * plan.anatomy.layers
+    saved = weights * (4 * share - 1 / 8)  # a bit for each, four bytes for those that are not zero
+    assert packed.bytes < done.bytes_written - saved + 20_000  # headers and shapes
+    assert packed.notes[-1] == NOTE
+    # Secateur reads it as if it were plain; transformers says that it cannot.
+    first, second = Stream(open_checkpoint(done.out)), Stream(open_checkpoint(packed.path))
+    for layer in range(first.anatomy.layers):
+        one, other = first.read_block(layer), second.read_block(layer)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(ValueError, match="secateur-packed"):
+        reopen(packed.path)
+    plain = export(packed.path, tmp_path / "plain", to="plain")
+    assert bytes_of(plain.path) == bytes_of(done.out)
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        export(done.out, plain.path, to="packed")
+
+
+@given(
+    rows=st.integers(1, 9), width=st.integers(1, 40), share=st.floats(0, 1), seed=st.integers(0, 99)
+)
+def test_packing_loses_nothing(rows: int, width: int, share: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tensor = torch.randn(rows, width, generator=generator).half()
+    tensor[torch.rand(rows, width, generator=generator) < share] = 0
+    parts = pack("w", tensor)
+    packed_shape(
+        "w", tuple(parts["w.bitmask"].shape), tuple(parts["w.shape"].tolist()),
+        tuple(parts["w.compressed"].shape),
+    )  # fmt: skip
+    short = {name.removeprefix("w."): part for name, part in parts.items()}
+    assert torch.equal(unpack("w", short, (rows, width)), tensor)
+    bits = int.from_bytes(parts["w.bitmask"][0].numpy().tobytes(), "little")
+    assert [bool(bits >> j & 1) for j in range(width)] == (tensor[0] != 0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("mask", "shape", "values"),
+    [
+        ((4, 2), (4, 17), (9,)),
+        ((4, 2), (4, 16), (65,)),
+        ((4, 2), (10**9, 16), (9,)),
+        ((4, 2), (4, 16, 1), (9,)),
+        ((0, 2), (0, 16), (0,)),
+        ((4, 2), (-4, 16), (9,)),
+    ],
+)
+def test_forged_parts_are_refused(
+    mask: tuple[int, ...], shape: tuple[int, ...], values: tuple[int, ...]
+) -> None:
+    with pytest.raises(SourceError) as caught:
+        packed_shape("w", mask, shape, values)
+    assert str(caught.value) == (
+        f"tensor w is damaged: shape {list(shape)}, mask {list(mask)} and values {list(values)} do "
+        "not belong together; pack the model again"
+    )
+    parts = {"bitmask": torch.full((1, 1), 7, dtype=torch.uint8), "compressed": torch.ones(2)}
+    with pytest.raises(SourceError) as caught:
+        unpack("w", parts, (1, 8))
+    assert str(caught.value) == (
+        "tensor w is damaged: its mask keeps 3 values, its file has 2; pack the model again"
+    )
+
+
+def test_a_gguf_file_cannot_be_packed(model_folder: Folder, tmp_path: Path) -> None:
+    whole = export(model_folder("llama-gqa-tied"), tmp_path / "a.gguf", weights="f32", verify=False)
+    with pytest.raises(OutputError) as caught:
+        export(whole.path, tmp_path / "packed", to="packed")
+    assert str(caught.value) == (
+        f"source {whole.path} is no folder of safetensors, which alone can be packed"
+    )
+    assert not (tmp_path / "packed").exists()
+
+
+def test_two_of_four_in_torchs_layout() -> None:
+    """The kernels need a GPU; which layers would go there can be seen here."""
+    from torch import nn
+
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(64, 32), nn.Linear(32, 64), nn.Linear(64, 64), nn.Linear(64, 32)
+    )
+    with torch.no_grad():
+        for layer in (model[0], model[1], model[3]):
+            scores = torch.rand(layer.weight.shape, generator=generator)
+            layer.weight.masked_fill_(lowest_in_groups(scores, 2, 4), 0)
+        model[3].weight[0, :4] = 1  # one group of four is full
+    assert [is_two_of_four(layer.weight) for layer in model] == [True, True, False, False]
+    with pytest.raises(RecipeError) as caught:
+        semi_structured(model)
+    assert str(caught.value) == (
+        "0 is float32 on cpu: torch's 2:4 kernels run in float16 or bfloat16 on an NVIDIA GPU from "
+        "Ampere on; use model.half().cuda()"
+    )
+
+    # torch's own conversion, which runs here, holds these weights without loss.
+    from torch.sparse._semi_structured_conversions import (
+        sparse_semi_structured_from_dense_cutlass,
+        sparse_semi_structured_to_dense_cutlass,
+    )
+
+    weight = model[0].weight.detach().half()
+    values, places = sparse_semi_structured_from_dense_cutlass(weight)
+    assert values.shape == (32, 32)
+    assert torch.equal(sparse_semi_structured_to_dense_cutlass(values, places), weight)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from secateur.plans import Plan
     from secateur.pruning import prune
     from secateur.recipe import Recipe, load_recipe
+    from secateur.semi_structured import semi_structured
 
 try:
     __version__ = version("secateur")
@@ -39,6 +40,7 @@ _HOMES = {
     "open_model": ("secateur.checkpoint", "open_checkpoint"),
     "plan": ("secateur.pipeline", "make_plan"),
     "prune": ("secateur.pruning", "prune"),
+    "semi_structured": ("secateur.semi_structured", "semi_structured"),
     "verify": ("secateur.exporting", "verify"),
     "zero_shot": ("secateur.evaluation", "zero_shot"),
 }
@@ -54,6 +56,7 @@ __all__ = [
     "open_model",
     "plan",
     "prune",
+    "semi_structured",
     "verify",
     "zero_shot",
 ]

@@ -17,6 +17,7 @@ from secateur.evaluation import bench as speed
 from secateur.modules import MODEL_TYPE_PREFIX, MODELING_FILE
 from secateur.outputs import gguf, hf, llama_cpp
 from secateur.outputs.hf import PLAN_TENSORS, RECORD, stored_weights
+from secateur.outputs.packed import NOTE, repack
 from secateur.outputs.verify import Verification, verify_folder, verify_itself
 from secateur.outputs.verify_gguf import GgufVerification, verify_gguf
 from secateur.plans import BlockCut, Plan
@@ -24,7 +25,7 @@ from secateur.progress import Progress
 from secateur.rotation.plan import stored_plan
 from secateur.streaming import Stream
 
-FORMATS = ("gguf",)
+FORMATS = ("gguf", "packed", "plain")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def export(
     Args:
         source: folder, GGUF file or hub id.
         out: the file; it gets its name when it is complete.
-        to: ``gguf``.
+        to: ``gguf``; ``packed``, a folder whose files shrink by its zeros, which only Secateur
+            opens; ``plain``, the same back.
         weights: type of the matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0; K-quants with
             llama.cpp's quantiser.
         verify: run the file in llama.cpp, where cyllama is installed, and compare.
@@ -60,8 +62,10 @@ def export(
     progress = progress or Progress()
     if to not in FORMATS:
         raise OutputError(f"--to is {to!r}: allowed is {', '.join(FORMATS)}")
-    gguf.check_type(weights)
     place = local_path(out).resolve()
+    if to != "gguf":
+        return _repack(source, place, to == "packed", trust_remote_code, progress)
+    gguf.check_type(weights)
     if place.suffix != ".gguf":
         raise OutputError(f"output {out} must end in .gguf, which other programs know it by")
     check_output(place, local_path(source), file=True)
@@ -77,6 +81,19 @@ def export(
     if verify and llama_cpp.available():
         found = verify_gguf(place, stream, against=str(source), progress=progress)
     return ExportResult(done.path, done.architecture, done.bytes, done.notes, found)
+
+
+def _repack(
+    source: str | Path, place: Path, packed: bool, trust_remote_code: bool, progress: Progress
+) -> ExportResult:
+    check_output(place, local_path(source))
+    checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
+    name = "packed" if packed else "plain"
+    progress.stage(f"writing {name} files", len(checkpoint.files))
+    before, after = repack(checkpoint, place, packed=packed, step=progress.step)
+    progress.finish()
+    notes = [f"weights {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB now"]
+    return ExportResult(place, name, after, notes + [NOTE] * packed)
 
 
 def verify(

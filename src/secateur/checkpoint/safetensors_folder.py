@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from secateur.checkpoint.base import Checkpoint, TensorInfo
+from secateur.checkpoint.packed import PACKED_TYPE, PARTS, TYPE_KEY, packed_shape, unpack
 from secateur.errors import SourceError
 
 DTYPES = {
@@ -55,8 +56,23 @@ class SafetensorsCheckpoint(Checkpoint):
                 {name: info for name, info in header.items() if not names or name in names}
             )
         self._handles: dict[Path, Any] = {}
+        self._parts: dict[str, TensorInfo] = {}
+        self._packed = self._find_packed()
         if getattr(self.config, "quantization_config", None) and self._kinds() - FLOATING:
             raise self._quantised(self._kinds())
+
+    def _find_packed(self) -> set[str]:
+        """Names of matrices that are stored packed; they stand among the tensors as if plain."""
+        names = {n.removesuffix(".bitmask") for n in self.tensors if n.endswith(".bitmask")}
+        names = {n for n in names if all(f"{n}.{part}" in self.tensors for part in PARTS)}
+        for name in sorted(names):
+            mask, values, _ = (self.tensors[f"{name}.{part}"] for part in PARTS)
+            shape = tuple(int(side) for side in self._stored(f"{name}.shape").flatten()[:3])
+            packed_shape(name, mask.shape, shape, values.shape)
+            self._parts |= {f"{name}.{part}": self.tensors.pop(f"{name}.{part}") for part in PARTS}
+            size = mask.nbytes + values.nbytes
+            self.tensors[name] = TensorInfo(name, shape, values.dtype, size, values.file)
+        return names
 
     def _kinds(self) -> set[str]:
         return {info.dtype for info in self.tensors.values()}
@@ -69,9 +85,16 @@ class SafetensorsCheckpoint(Checkpoint):
         )
 
     def _load(self, name: str) -> torch.Tensor:
+        if name not in self._packed:
+            return self._stored(name)
+        rows, width = self.tensors[name].shape
+        return unpack(name, {p: self._stored(f"{name}.{p}") for p in PARTS[:2]}, (rows, width))
+
+    def _stored(self, name: str) -> torch.Tensor:
+        """The values of one tensor of the file."""
         from safetensors import SafetensorError, safe_open
 
-        path = self.tensors[name].file
+        path = (self.tensors.get(name) or self._parts[name]).file
         try:
             if path not in self._handles:
                 self._handles[path] = safe_open(path, framework="pt")
@@ -220,6 +243,9 @@ def load_config(folder: Path, source: str, trust_remote_code: bool) -> Any:
         raise SourceError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise SourceError(f"{path} does not say model_type: it is not a model's config")
+    packed = raw["model_type"] == PACKED_TYPE
+    if packed:  # nothing else opens these
+        raw["model_type"] = raw.pop(TYPE_KEY, "")
     model_type = str(raw["model_type"])
     if model_type.startswith(MODEL_TYPE_PREFIX):
         # One of our own outputs: the classes are built here, the file beside it is not run.
@@ -235,6 +261,8 @@ def load_config(folder: Path, source: str, trust_remote_code: bool) -> Any:
             "not know: try pip install -U transformers"
         )
     try:
+        if packed:
+            return CONFIG_MAPPING[model_type].from_dict(raw)
         return AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code and model_type not in CONFIG_MAPPING
         )

@@ -13,8 +13,11 @@ from secateur.cli.tables import print_table
 
 def export(
     source: Source,
-    out: Annotated[Path, typer.Option(help="file to write; must not exist")],
-    to: Annotated[str, typer.Option(help="format: gguf")] = "gguf",
+    out: Annotated[Path, typer.Option(help="file or folder to write; must not exist")],
+    to: Annotated[
+        str,
+        typer.Option(help="gguf; packed: a folder less its zeros, for Secateur; plain: back"),
+    ] = "gguf",
     weights: Annotated[
         str,
         typer.Option(
@@ -27,7 +30,7 @@ def export(
     ] = True,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Write a model, dense or pruned, as one GGUF file for llama.cpp.
+    """Write a model, dense or pruned, as one GGUF file for llama.cpp; or pack its zeros.
 
     The file gets its name when it is complete. With cyllama installed it is run, and its text and
     perplexity are compared with the model's own.
@@ -50,7 +53,7 @@ def export(
     print(f"written to {done.path}: architecture {done.architecture}, {done.bytes / 1e6:.1f} MB")
     if done.verification:
         print(done.verification.text())
-    elif verify:
+    elif verify and to == "gguf":
         print(NOT_RUN)
 
 
