@@ -94,6 +94,7 @@ def check_recipe(given: dict[str, Any]) -> None:
     names = (
         "remove", "params", "size", "of", "method", "calibration", "text_field", "data_dir",
         "samples", "length", "structure", "layout", "round_to", "seed", "dtype",
+        "sparsity", "then", "solution", "allocation",
     )  # fmt: skip
     file = given["recipe"]
     if file is not None and not (ROOT / file).exists():
@@ -103,6 +104,8 @@ def check_recipe(given: dict[str, Any]) -> None:
         None if file is None else ROOT / file, given["layers"], given["settings"], **fields
     )
     get_method(recipe.method, recipe.options)
+    if recipe.then is not None:
+        get_method(recipe.then, recipe.then_options)
 
 
 def check_cells(given: dict[str, Any]) -> None:
@@ -115,7 +118,11 @@ def check_cells(given: dict[str, Any]) -> None:
         given["layers"], given["settings"], **{name: given[name] for name in names}
     )
     assert make_cells(
-        methods=listed(given["methods"]), recipes=recipes, remove=listed(given["remove"]), **fields
+        methods=listed(given["methods"]),
+        recipes=recipes,
+        remove=listed(given["remove"]),
+        sparsity=listed(given["sparsity"]),
+        **fields,
     )
 
 
