@@ -704,3 +704,9 @@ def test_two_of_four_in_torchs_layout() -> None:
     values, places = sparse_semi_structured_from_dense_cutlass(weight)
     assert values.shape == (32, 32)
     assert torch.equal(sparse_semi_structured_to_dense_cutlass(values, places), weight)
+
+
+def test_no_trial_is_made_of_layouts_that_all_stay(model_folder: Folder) -> None:
+    done = make_plan(model_folder("llama-gqa-tied"), recipe("magnitude"))
+    assert done.layout_cost is None
+    assert set(done.seconds) == {"cutting blocks"}

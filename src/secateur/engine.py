@@ -280,6 +280,8 @@ class Engine:
                         if again:
                             out = self._pass_on(layer, module, hidden)
                 hidden = out
+                if probe is not None and sink is None:
+                    cut.weights = {}  # of a trial nobody asks for them, and they add up to a model
             self.progress.step(f"block {layer}")
         self.progress.finish()
         if probe_out is not None and probed is not None:

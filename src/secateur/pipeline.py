@@ -153,10 +153,10 @@ class Run(Opened):
     def layout_cost(self, choice: LayerChoice) -> dict[str, float] | None:
         """Loss on held-out windows with widths of each block's own, and with one for all.
 
-        None where the layout is not uniform, or nothing goes inside blocks: then nothing has been
+        None where the layout is not uniform, or shapes inside blocks stay: then nothing has been
         given up.
         """
-        if not self.form.uniform or not self.method.cuts_inside:
+        if not self.form.uniform or not self.method.cuts_inside or self.method.makes_zeros:
             return None
         free = self._method(replace(self.form, layout="per-layer", groups=None))
         losses = {}
