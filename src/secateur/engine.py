@@ -277,11 +277,11 @@ class Engine:
                     with masked(self.stream, module, state, cut, self.dtype):
                         if probed is not None:
                             probed = self.stream.forward_block(layer, module, probed)
+                            # Of a trial nobody asks for new weights, which add up to a model.
+                            cut.weights = cut.weights if sink is not None else {}
                         if again:
                             out = self._pass_on(layer, module, hidden)
                 hidden = out
-                if probe is not None and sink is None:
-                    cut.weights = {}  # of a trial nobody asks for them, and they add up to a model
             self.progress.step(f"block {layer}")
         self.progress.finish()
         if probe_out is not None and probed is not None:
