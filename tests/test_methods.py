@@ -4,9 +4,6 @@ a run that is killed ends in the same bytes. A new method is one line in :data:`
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from folders import bytes_of
-from test_kill import KILLED, SERVER
+from forks import forks
+from test_kill import KILLED
 from test_outputs import logits_of, modules_cache, random_tokens, reopen
 from test_pipeline import same_plans
 
@@ -104,27 +102,9 @@ def test_the_folder_computes_what_the_plan_says(
 
 @pytest.fixture(scope="module")
 def forked(model_folder: Folder) -> Any:
-    """Prune in a fork, to its end or to the moment at which it is killed; see test_kill."""
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert server.stdin is not None
-    assert server.stdout is not None
-
-    def ask(case: str, out: Path, at: int | None = None) -> tuple[int, list[str]]:
-        request = {
-            "source": str(model_folder("llama-gqa-tied")), "out": str(out), "at": at,
-            "recipe": recipe(case).model_dump(),
-        }  # fmt: skip
-        print(json.dumps(request), file=server.stdin, flush=True)
-        answer = json.loads(server.stdout.readline())  # type: ignore[union-attr]
-        said = answer["said"] or {"error": None, "moments": []}
-        assert said["error"] is None
-        return answer["status"], said["moments"]
-
-    yield ask
-    server.stdin.close()
-    assert server.wait(timeout=60) == 0
+    """Prune in a fork, to its end or to the moment at which it is killed."""
+    with forks(model_folder("llama-gqa-tied"), recipe) as ask:
+        yield ask
 
 
 @pytest.mark.parametrize("case", TO_KILL)

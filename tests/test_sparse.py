@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from folders import bytes_of
+from forks import forks
 from hypothesis import given
 from hypothesis import strategies as st
-from test_kill import KILLED, SERVER
+from test_kill import KILLED
 from test_outputs import logits_of, modules_cache, random_tokens, reopen
 
 from secateur.anatomy import Anatomy
@@ -214,27 +213,9 @@ def test_statistics_see_what_was_cut_before(scope: str, name: str, model_folder:
 
 @pytest.fixture(scope="module")
 def forked(model_folder: Folder) -> Any:
-    """Prune in a fork, to its end or to the moment at which it is killed; see test_kill."""
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert server.stdin is not None
-    assert server.stdout is not None
-
-    def ask(case: str, out: Path, at: int | None = None) -> tuple[int, list[str]]:
-        request = {
-            "source": str(model_folder("llama-gqa-tied")), "out": str(out), "at": at,
-            "recipe": recipe(case).model_dump(),
-        }  # fmt: skip
-        print(json.dumps(request), file=server.stdin, flush=True)
-        answer = json.loads(server.stdout.readline())  # type: ignore[union-attr]
-        said = answer["said"] or {"error": None, "moments": []}
-        assert said["error"] is None
-        return answer["status"], said["moments"]
-
-    yield ask
-    server.stdin.close()
-    assert server.wait(timeout=60) == 0
+    """Prune in a fork, to its end or to the moment at which it is killed."""
+    with forks(model_folder("llama-gqa-tied"), recipe) as ask:
+        yield ask
 
 
 @pytest.mark.parametrize("case", TO_KILL)
