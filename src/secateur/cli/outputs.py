@@ -50,7 +50,8 @@ def export(
     )
     for note in done.notes:
         print(note)
-    print(f"written to {done.path}: architecture {done.architecture}, {done.bytes / 1e6:.1f} MB")
+    what = f"architecture {done.architecture}, " if to == "gguf" else ""
+    print(f"written to {done.path}: {what}{done.bytes / 1e6:.1f} MB")
     if done.verification:
         print(done.verification.text())
     elif verify and to == "gguf":
