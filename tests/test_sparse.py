@@ -464,9 +464,11 @@ def test_recipe_files(tmp_path: Path) -> None:
 
 
 def test_cells_of_both_kinds() -> None:
-    cells = make_cells(methods=["comp", "apt"], remove=["20%"], sparsity=["50%", "2:4"])
+    cells = make_cells(
+        methods=["comp", "apt"], remove=["20%"], sparsity=["50%", "2:4"], of="decoder"
+    )
     assert [(c.label, c.asked) for c in cells] == [
-        ("comp", "20% of all"), ("apt", "50% zeros"), ("apt", "2:4 zeros")
+        ("comp", "20% of the decoder"), ("apt", "50% zeros"), ("apt", "2:4 zeros")
     ]  # fmt: skip
     assert [c.name for c in cells][1:] == ["apt-50-zeros-seed0", "apt-2-4-zeros-seed0"]
     with pytest.raises(RecipeError) as caught:

@@ -94,6 +94,8 @@ def make_cells(
         given: dict[str, Any] = {**fields, "options": dict(common)}
         if target is not None:
             given[target[0]] = target[1]
+            if target[0] == "sparsity":
+                given.pop("of", None)  # says what the other rows' shares are of
         if seed is not None:
             given["seed"] = seed
         if isinstance(setting, str):
