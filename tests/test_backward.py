@@ -75,10 +75,12 @@ def test_gradients_of_each_window(
         assert len(windows) == 3
         for window, gradients in enumerate(windows):
             assert gradients.keys() == wanted[window][layer].keys()
+            # That of a key's bias is zero (softmax takes no notice of it): rounding is all there
+            # is to see of it, and only beside the block's other gradients.
+            scale = max(float(g.abs().max()) for g in wanted[window][layer].values())
             for path, gradient in gradients.items():
-                scale = float(wanted[window][layer][path].abs().max())
                 torch.testing.assert_close(
-                    gradient, wanted[window][layer][path], rtol=1e-4, atol=1e-5 * scale + 1e-9
+                    gradient, wanted[window][layer][path], rtol=1e-4, atol=1e-5 * scale
                 )
     assert everything_on_meta(stream)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ import tiny
 import torch
 from commands import secateur
 from folders import bytes_of
-from test_kill import KILLED, SERVER
+from forks import forks
+from test_kill import KILLED
 from test_outputs import logits_of, modules_cache, random_tokens, reopen
 from test_pipeline import same_plans
 
@@ -209,30 +208,16 @@ def test_time_steps_that_go_take_rows_of_what_makes_them() -> None:
 
 
 def test_killed_and_gone_on_with(model_folder: Folder, tmp_path: Path) -> None:
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert server.stdin is not None
-    assert server.stdout is not None
-
-    def ask(out: Path, at: int | None = None) -> tuple[int, list[str]]:
-        request = {"source": str(model_folder("mamba")), "out": str(out), "at": at,
-                   "recipe": recipe("obs").model_dump()}  # fmt: skip
-        print(json.dumps(request), file=server.stdin, flush=True)
-        answer = json.loads(server.stdout.readline())  # type: ignore[union-attr]
-        return answer["status"], answer["said"]["moments"] if answer["said"] else []
-
-    status, moments = ask(tmp_path / "whole")
-    assert status == 0
-    wanted = bytes_of(tmp_path / "whole")
-    blocks = [i for i, name in enumerate(moments) if name == "after line block"]
-    for at in (blocks[0], blocks[2] - 1):
-        out = tmp_path / str(at) / "out"
-        assert ask(out, at)[0] == KILLED
-        assert ask(out)[0] == 0
-        assert bytes_of(out) == wanted
-    server.stdin.close()
-    assert server.wait(timeout=60) == 0
+    with forks(model_folder("mamba"), recipe) as ask:
+        status, moments = ask("obs", tmp_path / "whole")
+        assert status == 0
+        wanted = bytes_of(tmp_path / "whole")
+        blocks = [i for i, name in enumerate(moments) if name == "after line block"]
+        for at in (blocks[0], blocks[2] - 1):
+            out = tmp_path / str(at) / "out"
+            assert ask("obs", out, at)[0] == KILLED
+            assert ask("obs", out)[0] == 0
+            assert bytes_of(out) == wanted
 
 
 # ---- refusals --------------------------------------------------------------------------------

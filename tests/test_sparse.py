@@ -79,7 +79,7 @@ def recipe(case: str, **fields: Any) -> Recipe:
 
 
 def test_every_method_is_here() -> None:
-    zeros = {n for n in method_names() if getattr(method_class(n), "makes_zeros", False)}
+    zeros = {n for n in method_names() if method_class(n).makes_zeros}
     assert {method for method, _, _ in CASES.values()} == zeros
 
 
@@ -319,6 +319,21 @@ def test_zeros_after_units_went(model_folder: Folder, tmp_path: Path) -> None:
     )
     card = (done.out / "README.md").read_text()
     assert f"What is left has {plan.zeros:,} zeros (--sparsity 2:4): {SAME_SIZE}." in card
+
+
+def test_zeros_behind_a_removal_by_gradients(model_folder: Folder) -> None:
+    fields: dict[str, Any] = {
+        "remove": "20%", "of": "decoder", "method": "llm-pruner",
+        "options": {"groups": "keep", "exempt_first": 0, "exempt_last": 0},
+        "calibration": {"samples": 3, "length": 20},
+    }  # fmt: skip
+    source = model_folder("llama-gqa-tied")
+    alone = make_plan(source, make_recipe(**fields)).plan
+    both = make_plan(source, make_recipe(**fields, then="magnitude", sparsity="50%")).plan
+    assert both.gone == alone.gone
+    for one, other in zip(alone.blocks, both.blocks, strict=True):
+        assert all(torch.equal(one.inputs[name], other.inputs[name]) for name in one.inputs)
+    assert both.zeros == pytest.approx(0.5 * (alone.sizes().decoder - 4 * 64), rel=0.01)
 
 
 def test_behind_a_removal_the_units_are_those_of_the_removal(model_folder: Folder) -> None:

@@ -88,7 +88,7 @@ def make_cells(
             return _asks_for_zeros(setting)
         # Of random there are two; where nothing is to be removed, zeros are meant.
         name = "random-sparse" if setting == "random" and not remove else setting
-        return bool(getattr(method_class(name), "makes_zeros", False))
+        return method_class(name).makes_zeros
 
     def cell(setting: str | Path, target: tuple[str, str] | None, seed: int | None) -> Cell:
         given: dict[str, Any] = {**fields, "options": dict(common)}
@@ -163,7 +163,7 @@ def _asks_for_zeros(file: Path) -> bool:
         raw = yaml.safe_load(file.expanduser().read_text(encoding="utf-8"))
         if raw.get("sparsity") is not None:
             return raw.get("then") is None
-        return bool(getattr(method_class(raw["method"]), "makes_zeros", False))
+        return method_class(raw["method"]).makes_zeros
     except Exception:  # no such file, not YAML, no method named, an unknown one
         return False
 

@@ -88,6 +88,8 @@ class AnyMethod(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     Options: ClassVar[type[BaseModel]]
+    #: Whether it makes weights zero and removes nothing; parameters to be lost are weights then.
+    makes_zeros: ClassVar[bool] = False
 
     def __init__(self, options: BaseModel, form: Form) -> None:
         self.options: Any = options
@@ -117,8 +119,6 @@ class Method(AnyMethod):
     ranking: ClassVar[Literal["influence", "loss"] | None] = "influence"
     #: Statistics of the signals: second moments, or mean, variance and norm of each channel.
     needs: ClassVar[Literal["moments", "channels"]] = "moments"
-    #: Whether it makes weights zero and removes nothing; parameters to be lost are weights then.
-    makes_zeros: ClassVar[bool] = False
     #: What a survey sees of a block: statistics of its signals, or gradients of its weights
     #: (:attr:`Block.gradients`), for which the loss of the uncut model is passed back once.
     survey_by: ClassVar[Literal["statistics", "gradients"]] = "statistics"
@@ -315,7 +315,7 @@ def check_makes_zeros(name: str, zeros: bool, option: str) -> None:
         ValueError: it is of the other kind.
     """
     _load_all()
-    kinds = {key: getattr(cls, "makes_zeros", False) for key, cls in _REGISTRY.items()}
+    kinds = {key: cls.makes_zeros for key, cls in _REGISTRY.items()}
     if name not in kinds or kinds[name] == zeros:
         return
     others = ", ".join(sorted(key for key, kind in kinds.items() if kind == zeros))

@@ -39,6 +39,7 @@ class Chain(Method):
         self.held_out = first.held_out  # type: ignore[misc]
         self.resampled = first.resampled  # type: ignore[misc]
         self.ranking = first.ranking  # type: ignore[misc]
+        self.survey_by = first.survey_by  # type: ignore[misc]
 
     def check(self, anatomy: Anatomy) -> None:
         self._first.check(anatomy)
@@ -90,6 +91,13 @@ class Chain(Method):
     @property
     def looks_ahead(self) -> bool:
         return self._first.looks_ahead
+
+    def surveyed(self, layers: Sequence[int]) -> Sequence[int]:
+        return self._first.surveyed(layers)
+
+    @property
+    def windows_per_gradient(self) -> int | None:
+        return self._first.windows_per_gradient
 
     def survey(self, block: Block) -> Any:
         return self._first.survey(self._for_first(block))
