@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from literal_comp import literal_neuron_stage
 
 from secateur.solvers.budget import Curve, LazyValues, threshold_search
-from secateur.solvers.gram import damped, gram, importance
+from secateur.solvers.gram import damped, gram, importance, ordering
 from secateur.solvers.mask_tuning import MaskCurve
 
 NAME = "down"
@@ -71,7 +71,7 @@ def main() -> None:
         times = []
         for _ in range(4 if width <= args.no_literal_above else 1):  # the first warms up
             began = time.perf_counter()
-            curve = MaskCurve(g, scores, DAMPING)
+            curve = MaskCurve(ordering(g), scores, DAMPING)
             values = LazyValues(curve.variance, counts)
             stops, _ = threshold_search({NAME: Curve(counts, values)}, removed, quota)
             fast_scales = curve.tuned(stops[NAME])

@@ -7,8 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.solvers.brain_surgeon import GreedyOrder, best_pull, output_error, refit
+from secateur.solvers.brain_surgeon import GreedyOrder
 from secateur.solvers.gram import damped
+from secateur.solvers.inverses import InverseOfFew, WholeInverse
+from secateur.solvers.refit import (
+    OfFew,
+    best_pull,
+    chosen_pull,
+    fitted_weights,
+    output_error,
+    refit,
+    relative_error,
+)
+from secateur.statistics import Moments
 
 
 def problem(
@@ -20,6 +31,12 @@ def problem(
     x = torch.randn(tokens, inputs, generator=generator, dtype=torch.float64) @ mix
     weight = torch.randn(rows, inputs, generator=generator)
     return weight, x.T @ x / tokens
+
+
+def greedy(
+    weight: torch.Tensor, second: torch.Tensor, damping: float = 0.01, **settings: int
+) -> GreedyOrder:
+    return GreedyOrder(weight, WholeInverse(second, damping), **settings)
 
 
 def least_error(weight: torch.Tensor, second: torch.Tensor, kept: list[int]) -> float:
@@ -37,7 +54,7 @@ def least_error(weight: torch.Tensor, second: torch.Tensor, kept: list[int]) -> 
 @given(st.integers(0, 10_000), st.integers(1, 7))
 def test_errors_of_removal_are_those_of_the_best_refit(seed: int, removed: int) -> None:
     weight, second = problem(seed)
-    order = GreedyOrder(weight, second, damping=1e-9)
+    order = greedy(weight, second, 1e-9)
     kept = order.kept(removed)
     assert sorted(order.order.tolist()) == list(range(8))
     assert order.error(removed) == pytest.approx(
@@ -49,16 +66,19 @@ def test_errors_of_removal_are_those_of_the_best_refit(seed: int, removed: int) 
 def test_the_first_to_go_costs_least(seed: int) -> None:
     weight, second = problem(seed)
     costs = [least_error(weight, second, [j for j in range(8) if j != i]) for i in range(8)]
-    assert int(GreedyOrder(weight, second, damping=1e-9).order[0]) == costs.index(min(costs))
+    order = greedy(weight, second, 1e-9)
+    order.error(1)
+    assert int(order.order[0]) == costs.index(min(costs))
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_groups_go_whole_and_cheapest_first(seed: int) -> None:
     weight, second = problem(seed, inputs=12)
-    order = GreedyOrder(weight, second, unit=4, damping=1e-9)
+    order = greedy(weight, second, 1e-9, unit=4)
     costs = [
         least_error(weight, second, [j for j in range(12) if j // 4 != group]) for group in range(3)
     ]
+    order.error(4)
     assert order.order[:4].tolist() == [4 * costs.index(min(costs)) + i for i in range(4)]
     assert order.error(4) == pytest.approx(min(costs), rel=1e-4)
     for removed in (4, 8):
@@ -68,7 +88,7 @@ def test_groups_go_whole_and_cheapest_first(seed: int) -> None:
 
 def test_several_in_one_step_cost_what_they_cost_together() -> None:
     weight, second = problem(3, inputs=16)
-    order = GreedyOrder(weight, second, damping=1e-9, steps=4)
+    order = greedy(weight, second, 1e-9, steps=4)
     for removed in (4, 8, 12):
         assert order.error(removed) == pytest.approx(
             least_error(weight, damped(second, 1e-9), order.kept(removed).tolist()), rel=1e-4
@@ -77,10 +97,56 @@ def test_several_in_one_step_cost_what_they_cost_together() -> None:
 
 def test_no_more_than_asked_are_ordered() -> None:
     weight, second = problem(4)
-    whole, part = GreedyOrder(weight, second), GreedyOrder(weight, second, most=3)
+    whole, part = greedy(weight, second), greedy(weight, second)
+    whole.error(7)
+    part.error(3)
     assert part.order[:3].tolist() == whole.order[:3].tolist()
-    assert sorted(part.order.tolist()) == list(range(8))
+    assert part.order[3:].tolist() == sorted(part.order[3:].tolist())
+    assert whole.order[3:].tolist() != part.order[3:].tolist()
     assert torch.equal(part.kept(3), whole.kept(3))
+
+
+@pytest.mark.parametrize("unit", [1, 4])
+def test_few_tokens_say_the_same_as_their_second_moment(unit: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(9, 24, generator=generator)
+    weight = torch.randn(5, 24, generator=generator)
+    few = Moments.empty(24, torch.device("cpu"))
+    few.add(x)
+    assert few.rows is not None
+    second = x.double().T @ x.double() / 9
+    one = GreedyOrder(weight, WholeInverse(second, 0.01), unit=unit)
+    other = GreedyOrder(weight, InverseOfFew(few.rows, 0.01), unit=unit)
+    for removed in (4, 8, 12, 16):
+        assert one.error(removed) == pytest.approx(other.error(removed), rel=1e-9)
+        assert torch.equal(one.kept(removed), other.kept(removed))
+    kept = one.kept(8)
+    for pull in (0.01, 1.0):
+        wanted = refit(weight, second, kept, pull)
+        found = fitted_weights(weight, few, kept, pull)
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
+        assert relative_error(weight, few, kept, found) == pytest.approx(
+            output_error(weight, second, kept, wanted), rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_pull_of_few_tokens_is_that_of_their_second_moments(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(40, 40, generator=generator) / 6
+    weight = torch.randn(5, 40, generator=generator)
+    parts = []
+    for tokens in (15, 8):
+        parts.append(Moments.empty(40, torch.device("cpu")))
+        parts[-1].add(torch.randn(tokens, 40, generator=generator) @ mix)
+    kept = torch.arange(30)
+    found = chosen_pull(weight, parts[0], parts[1], kept)
+    assert found == best_pull(weight, parts[0].covariance, parts[1].covariance, kept)
+
+
+def test_no_tokens_of_any_size_fit_to_nothing() -> None:
+    fit = OfFew(torch.ones(3, 6), torch.zeros(2, 6), torch.arange(4))
+    torch.testing.assert_close(fit.fit(0.1), torch.ones(3, 4, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("pull", [1e-6, 0.1, 5.0])
@@ -129,10 +195,10 @@ def test_dead_inputs_and_dead_layers() -> None:
     weight, second = problem(8)
     second[2] = 0
     second[:, 2] = 0
-    order = GreedyOrder(weight, second)
-    assert int(order.order[0]) == 2
+    order = greedy(weight, second)
     assert order.error(1) < 1e-2
-    nothing = GreedyOrder(weight, torch.zeros(8, 8, dtype=torch.float64))
+    assert int(order.order[0]) == 2
+    nothing = greedy(weight, torch.zeros(8, 8, dtype=torch.float64))
     assert sorted(nothing.order.tolist()) == list(range(8))
     kept = torch.arange(4)
     torch.testing.assert_close(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from secateur.solvers.gram import gram
+from secateur.solvers.gram import gram, ordering
 from secateur.solvers.mask_tuning import GUARD, MaskCurve, guarded
 
 
@@ -34,7 +34,7 @@ class Problem:
         return gram(torch.as_tensor(self.w), x.T @ x / len(x))
 
     def curve(self) -> MaskCurve:
-        return MaskCurve(self.g, torch.as_tensor(self.scores), self.damping)
+        return MaskCurve(ordering(self.g), torch.as_tensor(self.scores), self.damping)
 
     def reference(self, removed: int) -> tuple[NDArray[np.int64], NDArray[np.float64], float]:
         """Kept inputs, their scales, and the residual relative to that of removing everything."""
@@ -144,28 +144,28 @@ def test_tuned_masks_beat_every_other_scale(problem: Problem, data: st.DataObjec
 
 def test_scores_decide_ties_by_position() -> None:
     g = torch.eye(5, dtype=torch.float64)
-    curve = MaskCurve(g, torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0]), 0.01)
+    curve = MaskCurve(ordering(g), torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0]), 0.01)
     assert curve.order.tolist() == [1, 3, 0, 2, 4]
 
 
 def test_a_twin_takes_over() -> None:
     # Two inputs that are the same: the one that stays is doubled, but for the pull to 1.
     g = torch.ones(2, 2, dtype=torch.float64)
-    curve = MaskCurve(g, torch.tensor([0.0, 1.0]), 1e-6)
+    curve = MaskCurve(ordering(g), torch.tensor([0.0, 1.0]), 1e-6)
     assert float(curve.tuned(1)[0]) == pytest.approx((2 + 1e-6) / (1 + 1e-6))
     assert curve.error(1) == pytest.approx(1e-6 / 2, rel=1e-3)
 
 
 def test_an_input_without_ties_to_those_removed_stays_at_one() -> None:
     g = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
-    curve = MaskCurve(g, torch.tensor([0.0, 1.0, 2.0]), 0.01)
+    curve = MaskCurve(ordering(g), torch.tensor([0.0, 1.0, 2.0]), 0.01)
     assert curve.tuned(1).tolist() == pytest.approx([1.0, 1.0])
     assert curve.error(1) == pytest.approx((1 + 0.02) / (6 + 0.06))
 
 
 def test_more_damping_is_taken_and_told_where_the_asked_one_fails() -> None:
     g = torch.tensor([[1.0, 1.05], [1.05, 1.0]], dtype=torch.float64)  # one eigenvalue is -0.05
-    curve = MaskCurve(g, torch.tensor([0.0, 1.0]), 1e-3)
+    curve = MaskCurve(ordering(g), torch.tensor([0.0, 1.0]), 1e-3)
     assert curve.damping == pytest.approx(0.1)
     assert curve.tuned(0).tolist() == pytest.approx([1.0, 1.0])
 

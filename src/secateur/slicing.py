@@ -45,24 +45,42 @@ def mask_block(state: Tensors, cut: BlockCut, dtype: torch.dtype) -> Tensors:
     Values pass through ``dtype`` as they would in the file and come back as float32.
     """
     state = {**state, **{f"{name}.bias": bias for name, bias in cut.biases.items()}}
-    out = {k: _cast(_cast(v, dtype), torch.float32) for k, v in state.items()}
-    for name in {*cut.inputs, *cut.rows, *cut.weights}:
+    changed = {*cut.inputs, *cut.rows, *cut.weights}
+    out = {
+        k: _through(v, dtype)
+        for k, v in state.items()
+        if k not in changed and k.removesuffix(".weight") not in changed
+    }
+    for name in changed:
         if name in state:  # a tensor of no linear layer
             rows, scale = cut.rows[name], _row_scale(cut, name)
-            out[name] = torch.zeros_like(out[name])
+            out[name] = torch.zeros_like(state[name], dtype=torch.float32)
             out[name][rows] = _cast(state[name][rows].float() * scale, dtype).float() / scale
             continue
         weight = _scaled(state[f"{name}.weight"], cut, name)
-        keep = torch.zeros_like(weight, dtype=torch.bool)
-        inputs = cut.inputs.get(name, torch.arange(weight.shape[1]))
+        if name in cut.inputs:
+            keep = torch.zeros(weight.shape[1], dtype=torch.bool)
+            keep[cut.inputs[name]] = True
+            weight = weight * keep
         rows = cut.rows.get(name, torch.arange(weight.shape[0]))
-        keep[rows[:, None], inputs[None, :]] = True
-        out[f"{name}.weight"] = _cast(weight * keep, dtype).float()
+        if name in cut.rows:
+            alive = torch.zeros(len(weight), dtype=torch.bool)
+            alive[rows] = True
+            weight = weight * alive[:, None]
+        out[f"{name}.weight"] = _cast(weight, dtype).float()
         if name in cut.rows and f"{name}.bias" in state:
             alive = torch.zeros(len(weight), dtype=torch.bool)
             alive[rows] = True
             out[f"{name}.bias"] = out[f"{name}.bias"] * alive
     return out
+
+
+def _through(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Values as a file of this type would give them back; the same tensor where nothing changes."""
+    if not tensor.is_floating_point():
+        return tensor
+    back = tensor.to(dtype).to(torch.float32)
+    return tensor if tensor.dtype == torch.float32 and torch.equal(tensor, back) else back
 
 
 def _scaled(weight: torch.Tensor, cut: BlockCut, name: str) -> torch.Tensor:

@@ -14,55 +14,111 @@ from torch import nn
 TOKENS_PER_CHUNK = 2048
 
 
-@dataclass
 class Moments:
     """Second moment and mean of the inputs of a linear layer.
 
-    Attributes:
-        second: sum over tokens of x x^T, (q, q), float64.
+    While there are few tokens, they are kept as they are: fewer than half as many as inputs take
+    less than an eighth of the memory of their second moment, and what is solved with them is a
+    system of as many equations as there are tokens.
+
+    Args:
+        second: sum over tokens of x x^T, (q, q), float64; None where ``rows`` has the tokens.
         total: sum over tokens of x, (q,), float64.
         tokens: number of tokens.
+        rows: the tokens themselves, each (t, q), float32.
     """
 
-    second: torch.Tensor
-    total: torch.Tensor
-    tokens: int = 0
+    def __init__(
+        self,
+        second: torch.Tensor | None,
+        total: torch.Tensor,
+        tokens: int = 0,
+        rows: list[torch.Tensor] | None = None,
+    ) -> None:
+        self._second = second
+        self.total = total
+        self.tokens = tokens
+        self._rows = rows
 
     @classmethod
     def empty(cls, width: int, device: torch.device) -> Moments:
-        return cls(
-            torch.zeros(width, width, dtype=torch.float64, device=device),
-            torch.zeros(width, dtype=torch.float64, device=device),
-        )
+        return cls(None, torch.zeros(width, dtype=torch.float64, device=device), rows=[])
 
     def add(self, x: torch.Tensor) -> None:
         """Take in tokens x, (..., q). Products in float32, sums in float64."""
         flat = x.detach().reshape(-1, x.shape[-1]).float()
-        for chunk in flat.split(TOKENS_PER_CHUNK):
-            self.second += chunk.T @ chunk
-            self.total += chunk.sum(0, dtype=torch.float64)
         self.tokens += len(flat)
+        if self._rows is not None and not self._few(self.tokens):
+            self._second, self._rows = self.second, None
+        for chunk in flat.split(TOKENS_PER_CHUNK):
+            self.total += chunk.sum(0, dtype=torch.float64)
+            if self._rows is not None:
+                self._rows.append(chunk.clone())
+            elif self._second is not None:
+                self._second += chunk.T @ chunk
+
+    def _few(self, tokens: int) -> bool:
+        return 2 * tokens <= len(self.total)
+
+    @property
+    def second(self) -> torch.Tensor:
+        """Sum over tokens of x x^T, (q, q), float64; made anew each time of few tokens."""
+        if self._second is not None:
+            return self._second
+        width = len(self.total)
+        out = torch.zeros(width, width, dtype=torch.float64, device=self.total.device)
+        for chunk in self._rows or ():
+            out += chunk.T @ chunk
+        return out
+
+    @property
+    def rows(self) -> torch.Tensor | None:
+        """The tokens, (tokens, q), float32, where they are few; else None."""
+        if self._rows is None:
+            return None
+        if len(self._rows) != 1:
+            whole = self.total.new_empty((0, len(self.total)), dtype=torch.float32)
+            return torch.cat(self._rows or [whole])
+        return self._rows[0]
 
     def less(self, part: Moments) -> Moments:
-        """The moments of the tokens that are not in ``part``."""
-        return Moments(
-            self.second - part.second, self.total - part.total, self.tokens - part.tokens
-        )
+        """The moments of the tokens that are not in ``part``, which were added last."""
+        total, tokens = self.total - part.total, self.tokens - part.tokens
+        rows = self._rows
+        if rows is not None and part._rows is not None:
+            count = len(rows) - len(part._rows)
+            if all(one is other for one, other in zip(rows[count:], part._rows, strict=True)):
+                return Moments(None, total, tokens, rows[:count])
+        return Moments(self.second - part.second, total, tokens)
 
     def plus(self, other: Moments) -> Moments:
         """The moments of both sets of tokens."""
-        return Moments(
-            self.second + other.second, self.total + other.total, self.tokens + other.tokens
-        )
+        total, tokens = self.total + other.total, self.tokens + other.tokens
+        if self._rows is not None and other._rows is not None and self._few(tokens):
+            return Moments(None, total, tokens, [*self._rows, *other._rows])
+        return Moments(self.second + other.second, total, tokens)
 
     def of(self, inputs: torch.Tensor) -> Moments:
         """The moments of some of the inputs."""
+        if self._rows is not None:
+            rows = [chunk[:, inputs] for chunk in self._rows]
+            return Moments(None, self.total[inputs], self.tokens, rows)
         return Moments(self.second[inputs][:, inputs], self.total[inputs], self.tokens)
 
     def channels(self) -> Channels:
         """Mean and variance of each input by itself."""
-        squares = self.second.diagonal() - self.total.square() / max(1, self.tokens)
+        squares = self.squares - self.total.square() / max(1, self.tokens)
         return Channels(self.mean, squares.clamp(min=0), self.tokens)
+
+    @property
+    def squares(self) -> torch.Tensor:
+        """Sum over tokens of x_j^2, (q,), float64: the diagonal of the second moment."""
+        if self._second is not None:
+            return self._second.diagonal()
+        out = torch.zeros_like(self.total)
+        for chunk in self._rows or ():
+            out += chunk.square().sum(0, dtype=torch.float64)
+        return out
 
     @property
     def covariance(self) -> torch.Tensor:

@@ -95,6 +95,9 @@ class Stream:
         self._blocks: nn.ModuleList = self.model.get_submodule(self.anatomy.family.blocks)
         self._prefix = self.anatomy.family.blocks + "."
         self._names = bind(checkpoint, self.model)
+        last = self.model.get_output_embeddings()
+        # Of a tied head nothing is stored under this name.
+        self._head = next((f"{n}." for n, m in self.model.named_modules() if m is last), "none.")
         self._calls: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self._per_call: int | None = None
         fill_buffers(self.model, self.device)
@@ -130,11 +133,17 @@ class Stream:
         """The values of one parameter by its name in the model."""
         return self.checkpoint.read(self._names[name], dtype)
 
+    def _stored_of_block(self, index: int) -> list[str]:
+        prefix = f"{self._prefix}{index}."
+        return [stored for name, stored in self._names.items() if name.startswith(prefix)]
+
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """The block with its weights, float as ``dtype``, on ``device``; they go at the end."""
         module = self._blocks[index]
         state = {k: v.to(self.device) for k, v in self.read_block(index, self.dtype).items()}
+        # Blocks are mostly read in order: the system may fetch the next one while this one works.
+        self.checkpoint.prefetch(self._stored_of_block(index + 1))
         module.load_state_dict(state, strict=True, assign=True)
         del state
         try:
@@ -144,12 +153,18 @@ class Stream:
             give_back_memory()
 
     @contextmanager
-    def outside(self, rounded: torch.dtype | None = None) -> Iterator[None]:
-        """The parts outside the blocks, in memory, after rounding to a type; they go at the end."""
-        state = {
-            name: tensor.to(self.device, self.dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in self.read_outside(rounded).items()
-        }
+    def outside(self, rounded: torch.dtype | None = None, *, head: bool = True) -> Iterator[None]:
+        """The parts outside the blocks, in memory, after rounding to a type; they go at the end.
+
+        Args:
+            head: also a head of its own, which is as large as the embedding.
+        """
+        state = {}
+        for name, stored in self._names.items():
+            if not name.startswith(self._prefix) and (head or not name.startswith(self._head)):
+                tensor = self.checkpoint.read(stored, rounded)
+                floating = tensor.is_floating_point()
+                state[name] = tensor.to(self.device, self.dtype) if floating else tensor
         self.model.load_state_dict(state, strict=False, assign=True)
         tie(self.model, state)
         del state
@@ -175,7 +190,7 @@ class Stream:
             (windows, length, hidden), on ``device``.
         """
         parts = []
-        with self.outside(dtype):
+        with self.outside(dtype, head=False):
             for batch in tokens.split(self.windows_per_call(tokens.shape[1])):
                 calls: list[dict[str, Any]] = []
                 recorders = [

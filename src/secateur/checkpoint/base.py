@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,13 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: its shape, its type on disk, its size in bytes and the file it is in."""
+    """One stored tensor: its shape, its type on disk, its size in bytes and the file it is in.
+
+    ``start`` is where its bytes begin in the file, where that is known.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
     file: Path
+    start: int | None = None
 
     @property
     def numel(self) -> int:
@@ -72,6 +78,15 @@ class Checkpoint(ABC):
             names: parameter and persistent buffer names of the model.
             skeleton: the model itself, on the meta device.
         """
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Let the system read the bytes of these tensors from disk before they are asked for."""
+        for name in names:
+            info = self.tensors[name]
+            if info.start is None or not hasattr(os, "posix_fadvise"):
+                continue
+            with suppress(OSError), info.file.open("rb") as file:
+                os.posix_fadvise(file.fileno(), info.start, info.nbytes, os.POSIX_FADV_WILLNEED)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Read one tensor. Floating values must be finite and are cast to ``dtype`` if given.

@@ -217,7 +217,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 f"{path} is cut short: tensor {name} ends at byte {8 + length + end}, the file "
                 f"has {size}; fetch it again"
             )
-        info = TensorInfo(name, tuple(shape), dtype, end - begin, path)
+        info = TensorInfo(name, tuple(shape), dtype, end - begin, path, 8 + length + begin)
         if any(side < 0 for side in shape) or end < begin:
             raise SourceError(f"{path} is damaged: tensor {name} has shape {shape}; fetch it again")
         if dtype in DTYPES and info.numel * DTYPES[dtype].itemsize != info.nbytes:

@@ -15,7 +15,7 @@ from secateur.anatomy import Anatomy
 from secateur.methods.base import Block, register
 from secateur.methods.structured import Structured, StructuredOptions, short
 from secateur.plans import BlockCut
-from secateur.solvers.gram import Order, gram, importance
+from secateur.solvers.gram import GramForm, Order, importance
 from secateur.solvers.mask_tuning import MaskCurve, guarded
 
 #: Which linear layers lose inputs, by the signal that they read.
@@ -68,14 +68,19 @@ class Comp(Structured):
 
     def removal(self, block: Block, name: str, unit: int) -> MaskRemoval:
         options = self.options
-        covariance = block.moments[block.anatomy.denses[name].reads].covariance
-        g = gram(block.weights[name], covariance)  # Eq. 4
-        scores = importance(  # Eq. 8, 9
-            options.order, g, damping=options.order_damping, generator=block.generator
-        )
-        if unit > 1:
-            scores = group_scores(options.order, g, scores, unit)
-        return MaskRemoval(MaskCurve(g, scores, options.damping), options)  # Eq. 5 to 7, every c
+        g = GramForm(block.weights[name], block.moments[block.anatomy.denses[name].reads])  # Eq. 4
+        if options.order == "energy":
+            # Inputs of a group do not cancel by chance once all of them are gone.
+            scores = g.diagonal() if unit == 1 else g.of_groups(unit).repeat_interleave(unit)
+        else:
+            whole = g.ordered(torch.arange(len(g), device=block.weights[name].device))
+            scores = importance(  # Eq. 8, 9
+                options.order, whole, damping=options.order_damping, generator=block.generator
+            )
+            if unit > 1:
+                scores = scores.reshape(-1, unit).sum(1).repeat_interleave(unit)
+            del whole
+        return MaskRemoval(MaskCurve(g.ordered, scores, options.damping), options)  # Eq. 5 to 7
 
 
 class MaskRemoval:
@@ -100,23 +105,3 @@ class MaskRemoval:
             cut.notes["error"][name] = short(masks.error(removed))
         else:
             cut.notes.setdefault("not_tuned", []).append(name)
-
-
-def group_scores(order: Order, g: torch.Tensor, scores: torch.Tensor, width: int) -> torch.Tensor:
-    """Scores of whole groups of inputs, repeated for each of their inputs.
-
-    Args:
-        g: Gram matrix, (q, q).
-        scores: of single inputs, (q,).
-        width: inputs of a group.
-
-    Returns:
-        (q,): for ``energy`` what the group puts out together, 1^T G_gg 1, since its inputs do not
-        cancel by chance once all of them are gone; for other orders the sum over the group.
-    """
-    count = len(g) // width
-    if order == "energy":
-        of_group = g.reshape(count, width, count, width).sum((1, 3)).diagonal()
-    else:
-        of_group = scores.reshape(count, width).sum(1)
-    return of_group.repeat_interleave(width)

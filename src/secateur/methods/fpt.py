@@ -18,7 +18,7 @@ from secateur.methods.by_gradient import ByGradient, GradientOptions
 from secateur.methods.scored import Scores
 from secateur.plans import BlockCut
 from secateur.solvers.budget import nearest
-from secateur.solvers.gram import gram
+from secateur.solvers.gram import gram, ordering
 from secateur.solvers.mask_search import fisher_diagonal, rearranged, search
 from secateur.solvers.mask_tuning import MaskCurve, guarded
 from secateur.solvers.pooling import lowest
@@ -143,7 +143,7 @@ class Fpt(ByGradient):
             g = whole.reshape(units, width, units, width).sum((1, 3))
             stays = torch.zeros(units, device=g.device)
             stays[kept[::width] // width] = 1
-            curve = MaskCurve(g, stays, self.options.damping)
+            curve = MaskCurve(ordering(g), stays, self.options.damping)
             scales, good = guarded(curve.tuned(units - len(kept) // width))
             cut.notes.setdefault("tuned", {})[name] = good
             if good:

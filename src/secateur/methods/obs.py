@@ -17,7 +17,9 @@ from secateur.errors import RecipeError
 from secateur.methods.base import Block, register
 from secateur.methods.structured import Structured, StructuredOptions, short
 from secateur.plans import BlockCut
-from secateur.solvers.brain_surgeon import GreedyOrder, best_pull, output_error, refit
+from secateur.solvers.brain_surgeon import GreedyOrder
+from secateur.solvers.inverses import inverse_from
+from secateur.solvers.refit import chosen_pull, fitted_weights, relative_error
 
 #: Tokens that the model writes itself where nothing is said; more were no better (docs/obs.md).
 WRITTEN_TOKENS = 8_192
@@ -132,19 +134,19 @@ class Fit:
 
     def finish(self, cut: BlockCut, name: str) -> None:
         """New weights of the kept inputs, or the original ones where no fit is better."""
-        kept, weight, second = cut.inputs[name], self._weight, self._all.covariance
+        kept, weight, seen = cut.inputs[name], self._weight, self._all
         pull: float | None = None
         if self._options.refit:
             pull = self._options.pull if self._options.pull != "auto" else self._best(kept)
-        new = weight[:, kept].double() if pull is None else refit(weight, second, kept, pull)
-        cut.notes["error"][name] = short(output_error(weight, second, kept, new))
+        new = weight[:, kept] if pull is None else fitted_weights(weight, seen, kept, pull)
+        cut.notes["error"][name] = short(relative_error(weight, seen, kept, new))
         if pull is not None:
             cut.weights = {**cut.weights, name: new.to(torch.float32)}
             cut.notes.setdefault("pull", {})[name] = pull
 
     def _best(self, kept: torch.Tensor) -> float | None:
         rest = self._all.less(self._apart)
-        return best_pull(self._weight, rest.covariance, self._apart.covariance, kept)
+        return chosen_pull(self._weight, rest, self._apart, kept)
 
 
 class RefitRemoval:
@@ -154,14 +156,18 @@ class RefitRemoval:
         self._fit = Fit(block, name, options)
         self._order = GreedyOrder(
             block.weights[name],
-            block.moments[block.anatomy.denses[name].reads].covariance,
+            inverse_from(block.moments[block.anatomy.denses[name].reads], options.choice_damping),
             unit=unit,
-            damping=options.choice_damping,
             steps=options.steps,
         )
-        self.kept = self._order.kept
-        self.cost = self._order.error
+
+    def kept(self, removed: int) -> torch.Tensor:
+        return self._order.kept(removed)
+
+    def cost(self, removed: int) -> float:
+        return self._order.error(removed)
 
     def finish(self, removed: int, cut: BlockCut, name: str) -> None:
-        """See :meth:`Fit.finish`."""
+        """See :meth:`Fit.finish`. The order's matrices go first: they are larger than the fit's."""
+        del self._order
         self._fit.finish(cut, name)

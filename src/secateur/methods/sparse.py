@@ -204,7 +204,7 @@ class SparseMethod(Method):
         """E[x_j^2] of what a layer reads, (q,), float64."""
         reads = block.anatomy.denses[name].reads
         if reads in block.moments:
-            return block.moments[reads].covariance.diagonal()
+            return block.moments[reads].squares / block.moments[reads].tokens
         found = block.channels[reads]
         return found.norm.square() / found.tokens
 

@@ -8,161 +8,121 @@ them, the least error of the output and the compensation that reaches it are (OB
 
 and afterwards Hi loses what P explained: Hi - Hi_:P [Hi_PP]^-1 Hi_P,:. So the greedy order needs
 one inverse and its downdates. Which inputs go is decided with little damping; the weights that are
-written come from a fit of their own (:func:`refit`), because at some thousand tokens the
+written come from a fit of their own (:mod:`secateur.solvers.refit`): at some thousand tokens the
 compensation above would follow noise.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
 
 import torch
 
-from secateur.solvers.gram import cholesky, inverse_of
-
-#: Pulls to the original weights that are tried, as shares of mean diag H.
-PULLS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+from secateur.solvers.inverses import Inverse
 
 
 class GreedyOrder:
     """The order in which pieces of inputs go, and the least error after each step.
 
+    Steps are taken when they are asked for: a layer that loses a quarter of its inputs never pays
+    for the rest. Of the inverse only the columns that went are known as they have become,
+
+        Hi now = Hi - F F^T,   F gains  Hi_:P now R  with  R R^T = [Hi_PP now]^-1
+
+    so that r removals cost q r^2 and not r q^2 operations.
+
     Args:
         weight: W, (p, q).
-        second: H, (q, q), float64.
+        inverse: Hi, of the damped H.
         unit: inputs of a piece, which stand together and go together.
-        damping: added to H, as a share of mean diag H.
-        steps: about how many steps are taken; several pieces go in one where there are more.
-        most: inputs that may go at most; what lies behind is in no particular order.
-
-    Attributes:
-        order: inputs in the order of their removal, (q,).
+        steps: about how many steps all pieces would take; several go in one where there are more.
     """
 
     def __init__(
-        self,
-        weight: torch.Tensor,
-        second: torch.Tensor,
-        *,
-        unit: int = 1,
-        damping: float = 0.01,
-        steps: int = 256,
-        most: int | None = None,
+        self, weight: torch.Tensor, inverse: Inverse, *, unit: int = 1, steps: int = 256
     ) -> None:
-        q = len(second)
-        pieces = q // unit
-        matrix, factor, _ = cholesky(second, damping)
-        inverse = inverse_of(factor)
-        left = weight.to(torch.float64).clone()
-        self._whole = float((left @ matrix).mul(left).sum())
-        alive = torch.ones(pieces, dtype=torch.bool, device=second.device)
-        gone: list[torch.Tensor] = []
+        device = weight.device
+        self._unit, self._inverse = unit, inverse
+        # Transposed: what is asked of it, step after step, is the norm of each input's weights.
+        self._left = weight.T.to(torch.float64).contiguous()
+        self._whole = inverse.energy(weight)
+        self._blocks = inverse.blocks(unit)
+        pieces = len(self._blocks)
+        self._together = max(1, pieces // steps)
+        self._alive = torch.ones(pieces, dtype=torch.bool, device=device)
+        self._factor = torch.empty(0, weight.shape[1], dtype=torch.float64, device=device)
+        self._used = 0  # rows of it that are filled
+        self._gone: list[torch.Tensor] = []
         self._counts, self._errors = [0], [0.0]
-        together = max(1, pieces // steps)
-        last = pieces - 1 if most is None else min(pieces - 1, -(-most // unit))
-        while (done := int((~alive).sum())) < last:
-            losses = _piece_losses(left, inverse, unit)
-            losses[~alive] = torch.inf
-            chosen = losses.argsort(stable=True)[: min(together, last - done)]
-            inputs = (chosen[:, None] * unit + torch.arange(unit, device=second.device)).flatten()
-            block = torch.linalg.inv(inverse[inputs][:, inputs])
-            taken = left[:, inputs] @ block
-            self._errors.append(self._errors[-1] + float((taken * left[:, inputs]).sum()))
-            columns = inverse[:, inputs].clone()
-            left -= taken @ columns.T
-            inverse -= columns @ block @ columns.T
-            # Rounding would leave dust where zeros belong; the removed ones must stay out of it.
-            left[:, inputs] = 0
-            inverse[inputs] = 0
-            inverse[:, inputs] = 0
-            inverse[inputs, inputs] = 1
-            alive[chosen] = False
-            gone.append(inputs)
-            self._counts.append(len(inputs) + self._counts[-1])
-        rest = alive.nonzero()[:, 0]
-        gone.append((rest[:, None] * unit + torch.arange(unit, device=second.device)).flatten())
-        self.order = torch.cat(gone)
 
     def kept(self, removed: int) -> torch.Tensor:
         """The inputs left when ``removed`` are gone, ascending."""
-        return self.order[removed:].sort().values
+        self._reach(removed)
+        width = len(self._left)
+        stays = torch.ones(width, dtype=torch.bool, device=self._left.device)
+        if removed:
+            stays[self.order[:removed]] = False
+        return stays.nonzero()[:, 0]
 
     def error(self, removed: int) -> float:
         """Least relative squared error of the output with about ``removed`` inputs gone."""
         if removed == 0 or self._whole == 0:
             return 0.0
+        self._reach(removed)
         place = min(bisect_left(self._counts, removed), len(self._errors) - 1)
         return self._errors[place] / self._whole
 
+    @property
+    def order(self) -> torch.Tensor:
+        """Inputs in the order of their removal, as far as it is known; the others behind."""
+        rest = self._inputs(self._alive.nonzero()[:, 0])
+        return torch.cat([*self._gone, rest])
 
-def _piece_losses(weight: torch.Tensor, inverse: torch.Tensor, unit: int) -> torch.Tensor:
-    """L of each piece alone, (q / unit,)."""
-    if unit == 1:
-        return weight.square().sum(0) / inverse.diagonal()
-    pieces = len(inverse) // unit
-    blocks = inverse.reshape(pieces, unit, pieces, unit).diagonal(dim1=0, dim2=2)  # (u, u, n)
-    own = weight.reshape(len(weight), pieces, unit).permute(1, 2, 0)  # (n, unit, p)
-    solved = torch.linalg.solve(blocks.permute(2, 0, 1), own)
-    return (solved * own).sum((1, 2))
+    def _inputs(self, pieces: torch.Tensor) -> torch.Tensor:
+        within = torch.arange(self._unit, device=pieces.device)
+        return (pieces[:, None] * self._unit + within).flatten()
 
+    def _reach(self, removed: int) -> None:
+        """Take steps until so many inputs are gone; one piece stays."""
+        while self._counts[-1] < removed and int(self._alive.sum()) > 1:
+            self._step()
 
-def refit(
-    weight: torch.Tensor, second: torch.Tensor, kept: torch.Tensor, pull: float
-) -> torch.Tensor:
-    """Weights of the kept inputs that come nearest to the output of all of them.
+    def _step(self) -> None:
+        losses = self._losses()
+        losses[~self._alive] = torch.inf
+        left = int(self._alive.sum())
+        chosen = losses.argsort(stable=True)[: min(self._together, left - 1)]
+        inputs = self._inputs(chosen)
+        done = self._factor[: self._used]
+        columns = self._inverse.columns(inputs) - done.T @ done[:, inputs]
+        block = torch.linalg.inv(columns[inputs])
+        own = self._left[inputs]
+        taken = block @ own
+        self._errors.append(self._errors[-1] + float((taken * own).sum()))
+        self._left.addmm_(columns, taken, alpha=-1)
+        rows = torch.linalg.cholesky((block + block.T) / 2).T @ columns.T
+        self._remember(rows)
+        part = rows.reshape(len(rows), len(self._blocks), self._unit).permute(1, 2, 0)
+        self._blocks -= part @ part.mT
+        self._blocks[chosen] = torch.eye(self._unit, dtype=part.dtype, device=part.device)
+        self._alive[chosen] = False
+        self._gone.append(inputs)
+        self._counts.append(len(inputs) + self._counts[-1])
 
-    min_V E||V x_S - W x||^2 + s ||V - W_S||^2 with s = ``pull`` * mean diag H, so
+    def _remember(self, rows: torch.Tensor) -> None:
+        """Add to F^T, whose memory grows by half of what is there."""
+        need = self._used + len(rows)
+        if need > len(self._factor):
+            size = min(self._factor.shape[1], max(need, self._used * 3 // 2))
+            grown = self._factor.new_empty(size, self._factor.shape[1])
+            grown[: self._used] = self._factor[: self._used]
+            self._factor = grown
+        self._factor[self._used : need] = rows
+        self._used = need
 
-        V = (W H_:S + s W_S) (H_SS + s I)^-1
-
-    Args:
-        weight: W, (p, q).
-        second: H, (q, q), float64.
-        kept: S, (q',).
-
-    Returns:
-        V, (p, q'), float64.
-    """
-    w = weight.to(torch.float64)
-    inner = second[kept][:, kept].clone()
-    mean = inner.diagonal().mean()
-    s = float(pull * mean) if bool(mean > 0) else 1.0
-    inner.diagonal().add_(s)
-    right = w @ second[:, kept] + s * w[:, kept]
-    factor, info = torch.linalg.cholesky_ex(inner)
-    if int(info) != 0:
-        return w[:, kept]
-    half = torch.linalg.solve_triangular(factor, right.T, upper=False)
-    return torch.linalg.solve_triangular(factor.T, half, upper=True).T
-
-
-def output_error(
-    weight: torch.Tensor, second: torch.Tensor, kept: torch.Tensor, new: torch.Tensor
-) -> float:
-    """E||V x_S - W x||^2 as a share of E||W x||^2."""
-    w = weight.to(torch.float64)
-    difference = -w
-    difference[:, kept] += new
-    whole = float((w @ second).mul(w).sum())
-    return float((difference @ second).mul(difference).sum()) / whole if whole > 0 else 0.0
-
-
-def best_pull(
-    weight: torch.Tensor,
-    fitted: torch.Tensor,
-    held_out: torch.Tensor,
-    kept: torch.Tensor,
-    pulls: Sequence[float] = PULLS,
-) -> float | None:
-    """The pull whose fit on one part of the tokens is best on the other; None: no fit is.
-
-    Args:
-        fitted, held_out: H of the two parts, (q, q).
-    """
-    best, least = None, output_error(weight, held_out, kept, weight[:, kept].to(torch.float64))
-    for pull in pulls:
-        found = output_error(weight, held_out, kept, refit(weight, fitted, kept, pull))
-        if found < least:
-            best, least = pull, found
-    return best
+    def _losses(self) -> torch.Tensor:
+        """L of each piece alone, (q / unit,)."""
+        if self._unit == 1:
+            return torch.linalg.vector_norm(self._left, dim=1).square() / self._blocks[:, 0, 0]
+        own = self._left.reshape(len(self._blocks), self._unit, -1)
+        return (torch.linalg.solve(self._blocks, own) * own).sum((1, 2))

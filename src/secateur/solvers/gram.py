@@ -18,6 +18,8 @@ from typing import Literal
 
 import torch
 
+from secateur.statistics import Moments
+
 Order = Literal["condition", "condition-literal", "energy", "obs", "random"]
 
 #: Dampings tried one after the other until a Cholesky factor exists, as shares of mean diag G.
@@ -36,6 +38,72 @@ def gram(weight: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
     """
     w = weight.to(torch.float64)
     return (w.T @ w) * covariance
+
+
+Ordered = Callable[[torch.Tensor], torch.Tensor]
+"""Gives G with its inputs in an order, (q, q), float64, in memory that may be written into."""
+
+
+def ordering(g: torch.Tensor) -> Ordered:
+    """What :class:`~secateur.solvers.mask_tuning.MaskCurve` asks for, of a G that is there."""
+    return lambda order: g[order][:, order]
+
+
+#: Rows of G that are made at a time.
+PANEL = 1024
+
+
+class GramForm:
+    """G of one layer, made a panel at a time and in the order that is wanted.
+
+    G of 11,008 inputs is a gigabyte in float64. It is made once, where it is going to be
+    factorised, of products in float32; nothing else of its size is ever there.
+
+    Args:
+        weight: W, (p, q).
+        moments: of the inputs.
+    """
+
+    def __init__(self, weight: torch.Tensor, moments: Moments) -> None:
+        self._weight = weight.float()
+        self._moments = moments
+        self._rows = moments.rows
+        self._second = moments.second if self._rows is None else None
+
+    def __len__(self) -> int:
+        return self._weight.shape[1]
+
+    def diagonal(self) -> torch.Tensor:
+        """G_jj, what input j puts out alone, (q,), float64."""
+        energy = torch.zeros(len(self), dtype=torch.float64, device=self._weight.device)
+        for rows in self._weight.split(PANEL):
+            energy += rows.square().sum(0, dtype=torch.float64)
+        return energy * self._moments.squares / self._moments.tokens
+
+    def of_groups(self, width: int) -> torch.Tensor:
+        """1^T G_gg 1 of each group of inputs, what it puts out together, (q / width,), float64."""
+        groups = torch.arange(len(self), device=self._weight.device).split(width)
+        return torch.stack([self._part(group, group).sum() for group in groups])
+
+    def ordered(self, order: torch.Tensor) -> torch.Tensor:
+        """G with its inputs in this order, (q, q), float64; the caller may write into it."""
+        size = len(order)
+        out = torch.empty(size, size, dtype=torch.float64, device=self._weight.device)
+        for start in range(0, size, PANEL):
+            end = min(start + PANEL, size)
+            part = self._part(order[start:end], order[:end])
+            out[start:end, :end] = part
+            out[:start, start:end] = part[:, :start].T
+        return out
+
+    def _part(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        weights = self._weight[:, rows].T @ self._weight[:, columns]
+        if self._rows is None:
+            assert self._second is not None
+            moment = self._second[rows[:, None], columns]
+        else:
+            moment = (self._rows[:, rows].T @ self._rows[:, columns]).double()
+        return moment.mul_(weights).div_(self._moments.tokens)
 
 
 def literal_gram(weight: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
@@ -71,6 +139,19 @@ def cholesky(g: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor,
         if int(info) == 0 and bool(torch.isfinite(factor.diagonal()).all()):
             return matrix, factor, share * step
     raise ArithmeticError("the Gram matrix has no Cholesky factor under any damping")
+
+
+def cholesky_in_place(matrix: torch.Tensor) -> bool:
+    """Put the lower Cholesky factor of a symmetric (q, q) matrix where the matrix was.
+
+    Returns:
+        whether there is one; where not, the matrix is spoilt.
+    """
+    # LAPACK fills a matrix by columns; the transposed one is that without a copy.
+    by_columns = matrix.mT
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(by_columns, upper=True, out=(by_columns, info))
+    return int(info) == 0 and bool(torch.isfinite(matrix.diagonal()).all())
 
 
 def importance(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from secateur.solvers.gram import cholesky
+from secateur.solvers.gram import LADDER, Ordered, cholesky_in_place
 
 #: A scale outside of this band is a sign of an ill-posed fit, not of a good one.
 GUARD = 10.0
@@ -26,7 +26,8 @@ class MaskCurve:
     """Tuned masks of one linear layer, for each number of removed inputs.
 
     Args:
-        g: Gram matrix G, (q, q), float64.
+        ordered: gives the Gram matrix G, (q, q), float64, with its inputs in an order; the matrix
+            is written into.
         scores: importance of each input, (q,); the lowest goes first.
         damping: s as a share of mean diag G.
 
@@ -35,11 +36,14 @@ class MaskCurve:
         damping: the share of damping used, above the asked one where the factorisation failed.
     """
 
-    def __init__(self, g: torch.Tensor, scores: torch.Tensor, damping: float) -> None:
+    def __init__(
+        self,
+        ordered: Ordered,
+        scores: torch.Tensor,
+        damping: float,
+    ) -> None:
         self.order = torch.argsort(scores, stable=True)
-        falling = self.order.flip(0)
-        matrix, self._factor, self.damping = cholesky(g[falling][:, falling], damping)
-        right = matrix.sum(1, keepdim=True)
+        self._factor, right, self.damping = _factored(ordered, self.order.flip(0), damping)
         self._z = torch.linalg.solve_triangular(self._factor, right, upper=False)[:, 0]
         energy = self._z.square()
         self._left = energy.flip(0).cumsum(0)  # entry c-1: error with c removed
@@ -55,9 +59,10 @@ class MaskCurve:
     def tuned(self, removed: int) -> torch.Tensor:
         """The tuned scales of :meth:`kept`, in the same order, (q - removed,), float64."""
         k = len(self) - removed
-        falling = torch.linalg.solve_triangular(
-            self._factor[:k, :k].T, self._z[:k, None], upper=True
-        )[:, 0]
+        # With zeros behind, the whole factor gives what its leading part would, without a copy.
+        right = self._z.clone()
+        right[k:] = 0
+        falling = torch.linalg.solve_triangular(self._factor.T, right[:, None], upper=True)[:k, 0]
         inputs = self.order.flip(0)[:k]
         return falling[inputs.argsort()]
 
@@ -72,6 +77,29 @@ class MaskCurve:
         if removed == 0:
             return 0.0
         return float(self.tuned(removed).var(correction=0))
+
+
+def _factored(
+    ordered: Ordered, order: torch.Tensor, damping: float
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Factor of Gd, Gd 1 (q, 1), and the share of damping that it took.
+
+    Raises:
+        ArithmeticError: G is not finite, or no damping helps.
+    """
+    for step in LADDER:
+        matrix = ordered(order)
+        mean = matrix.diagonal().mean()
+        if not bool(torch.isfinite(mean)):
+            raise ArithmeticError("the Gram matrix is not finite")
+        if not bool(mean > 0):
+            matrix = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        else:
+            matrix.diagonal().add_(damping * step * mean)
+        right = matrix.sum(1, keepdim=True)
+        if cholesky_in_place(matrix):
+            return matrix, right, damping * step
+    raise ArithmeticError("the Gram matrix has no Cholesky factor under any damping")
 
 
 def guarded(scales: torch.Tensor) -> tuple[torch.Tensor, bool]:

@@ -1,0 +1,119 @@
+"""The inverse of a damped second moment, of which only some columns are ever looked at.
+
+Hd = X^T X / T + s I for T tokens X (T, q). Its inverse is made as a whole where there are many
+tokens; of few it is known from a system of T equations (Woodbury),
+
+    Hd^-1 = (I - A^T A) / s      with  L L^T = X X^T + s T I,  A = L^-1 X,
+
+which for 1,280 tokens of 11,008 inputs is an eighth of the memory and a hundredth of the work.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from secateur.solvers.gram import LADDER, PANEL, cholesky, cholesky_in_place, inverse_of
+from secateur.statistics import Moments
+
+
+class Inverse(ABC):
+    """Hd^-1, (q, q), float64."""
+
+    @abstractmethod
+    def columns(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Columns (q, n) of the inverse."""
+
+    @abstractmethod
+    def blocks(self, unit: int) -> torch.Tensor:
+        """Blocks (q / unit, unit, unit) along the diagonal."""
+
+    @abstractmethod
+    def energy(self, weight: torch.Tensor) -> float:
+        """tr(W Hd W^T), what a layer W (p, q) puts out."""
+
+
+class WholeInverse(Inverse):
+    """The inverse as a matrix.
+
+    Args:
+        second: H, (q, q), float64.
+        damping: s as a share of mean diag H.
+
+    Raises:
+        ArithmeticError: H is not finite, or no damping helps.
+    """
+
+    def __init__(self, second: torch.Tensor, damping: float) -> None:
+        self._matrix, factor, _ = cholesky(second, damping)
+        self._inverse = inverse_of(factor)
+
+    def columns(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self._inverse[:, inputs]
+
+    def blocks(self, unit: int) -> torch.Tensor:
+        pieces = len(self._inverse) // unit
+        blocks = self._inverse.reshape(pieces, unit, pieces, unit).diagonal(dim1=0, dim2=2)
+        return blocks.permute(2, 0, 1).clone()
+
+    def energy(self, weight: torch.Tensor) -> float:
+        w = weight.double()
+        return float((w @ self._matrix).mul(w).sum())
+
+
+class InverseOfFew(Inverse):
+    """The same from the tokens themselves.
+
+    Args:
+        rows: X, (T, q), with T below q.
+        damping: s as a share of mean diag H.
+
+    Raises:
+        ArithmeticError: a token is not finite, or no damping helps.
+    """
+
+    def __init__(self, rows: torch.Tensor, damping: float) -> None:
+        self._rows = rows.double()
+        tokens, width = rows.shape
+        inner = self._rows @ self._rows.T
+        if not bool(torch.isfinite(inner).all()):
+            raise ArithmeticError("the tokens are not finite")
+        mean = float(inner.trace()) / (tokens * width)
+        for step in LADDER:
+            self._damping = damping * step * mean if mean > 0 else 1.0
+            matrix = inner.clone()
+            matrix.diagonal().add_(self._damping * tokens)
+            if cholesky_in_place(matrix):
+                break
+        else:
+            raise ArithmeticError("the tokens have no Cholesky factor under any damping")
+        self._half = torch.linalg.solve_triangular(matrix, self._rows, upper=False)
+
+    def columns(self, inputs: torch.Tensor) -> torch.Tensor:
+        out = self._half.T @ self._half[:, inputs]
+        out.neg_()
+        out[inputs, torch.arange(len(inputs), device=inputs.device)] += 1
+        return out.div_(self._damping)
+
+    def blocks(self, unit: int) -> torch.Tensor:
+        half = self._half.reshape(len(self._half), -1, unit).permute(1, 2, 0)  # (pieces, unit, T)
+        out = (half @ half.mT).neg_()
+        out.diagonal(dim1=1, dim2=2).add_(1)
+        return out.div_(self._damping)
+
+    def energy(self, weight: torch.Tensor) -> float:
+        out = 0.0
+        for part in weight.split(PANEL):
+            own = part.double()
+            put_out = (self._rows @ own.T).square().sum() / len(self._rows)
+            out += float(put_out + self._damping * own.square().sum())
+        return out
+
+
+def inverse_from(moments: Moments, damping: float) -> Inverse:
+    """The inverse of H + s I with s = ``damping`` * mean diag H, by the cheaper way."""
+    rows = moments.rows
+    if rows is None or not len(rows):
+        return WholeInverse(moments.covariance, damping)
+    return InverseOfFew(rows, damping)

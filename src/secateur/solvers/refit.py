@@ -1,0 +1,166 @@
+"""Weights of the kept inputs that come nearest to the output of all of them, in closed form.
+
+    min_V E||V x_S - W x||^2 + s ||V - W_S||^2       s = pull * mean diag H_SS
+
+    V = (W H_:S + s W_S) (H_SS + s I)^-1                                    from H = E[x x^T]
+    V = W_S + R (X_S X_S^T + s T I)^-1 X_S,   R = W_P X_P^T                 from T tokens X
+
+The second is the same by the push-through identity; of fewer tokens than inputs it is the smaller
+system. S are the kept inputs, P the others; X_S is (T, q').
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from secateur.statistics import Moments
+
+#: Pulls to the original weights that are tried, as shares of mean diag H.
+PULLS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+#: Rows of a weight that are taken to float64 at a time.
+PANEL = 1024
+
+
+def fitted_weights(
+    weight: torch.Tensor, moments: Moments, kept: torch.Tensor, pull: float
+) -> torch.Tensor:
+    """V by the cheaper of the two forms; see the module.
+
+    Args:
+        weight: W, (p, q).
+        moments: of the inputs.
+        kept: S, (q',).
+
+    Returns:
+        V, (p, q'), float64.
+    """
+    rows = moments.rows
+    if rows is None:
+        return refit(weight, moments.covariance, kept, pull)
+    return OfFew(weight, rows, kept).fit(pull)
+
+
+def relative_error(
+    weight: torch.Tensor, moments: Moments, kept: torch.Tensor, new: torch.Tensor
+) -> float:
+    """E||V x_S - W x||^2 as a share of E||W x||^2."""
+    rows = moments.rows
+    if rows is None:
+        return output_error(weight, moments.covariance, kept, new)
+    off = whole = 0.0
+    inner = rows[:, kept].double()
+    outer = rows.double()
+    for w, v in zip(weight.split(PANEL), new.split(PANEL), strict=True):
+        wanted = outer @ w.double().T
+        whole += float(wanted.square().sum())
+        off += float((inner @ v.double().T - wanted).square().sum())
+    return off / whole if whole > 0 else 0.0
+
+
+def chosen_pull(
+    weight: torch.Tensor,
+    fitted: Moments,
+    held_out: Moments,
+    kept: torch.Tensor,
+    pulls: Sequence[float] = PULLS,
+) -> float | None:
+    """The pull whose fit on one part of the tokens is best on the other; None: no fit is."""
+    rows, others = fitted.rows, held_out.rows
+    if rows is None or others is None:
+        return best_pull(weight, fitted.covariance, held_out.covariance, kept, pulls)
+    here = OfFew(weight, rows, kept)
+    there = OfFew(weight, others, kept).lost
+    best, least = None, float(there.square().sum())
+    for pull in pulls:
+        found = float((here.made_up(pull, others[:, kept]) - there).square().sum())
+        if found < least:
+            best, least = pull, found
+    return best
+
+
+class OfFew:
+    """The fit from fewer tokens than inputs.
+
+    Args:
+        weight: W, (p, q).
+        rows: X, (T, q).
+        kept: S, (q',).
+
+    Attributes:
+        lost: R, what the inputs that went put out, (p, T), float64.
+    """
+
+    def __init__(self, weight: torch.Tensor, rows: torch.Tensor, kept: torch.Tensor) -> None:
+        went = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+        went[kept] = False
+        self._own = weight[:, kept]
+        self._x = rows[:, kept].double()
+        gone = rows[:, went].double()
+        self.lost = torch.cat([part.double() @ gone.T for part in weight[:, went].split(PANEL)])
+        self._inner = self._x @ self._x.T
+
+    def fit(self, pull: float) -> torch.Tensor:
+        """V, (p, q'), float64."""
+        step = self._solved(pull)
+        return self._own.double() if step is None else (step @ self._x).add_(self._own)
+
+    def made_up(self, pull: float, others: torch.Tensor) -> torch.Tensor:
+        """What the step from W_S puts out for other tokens (T', q'), (p, T'), float64."""
+        cross = self._x @ others.double().T
+        step = self._solved(pull)
+        return torch.zeros_like(self.lost[:, :1] * cross[:1]) if step is None else step @ cross
+
+    def _solved(self, pull: float) -> torch.Tensor | None:
+        """R (X_S X_S^T + s T I)^-1, (p, T)."""
+        tokens, inputs = self._x.shape
+        mean = self._inner.trace() / (tokens * inputs)
+        matrix = self._inner.clone()
+        matrix.diagonal().add_(tokens * (float(pull * mean) if bool(mean > 0) else 1.0))
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        return None if int(info) else torch.cholesky_solve(self.lost.T, factor).T
+
+
+def refit(
+    weight: torch.Tensor, second: torch.Tensor, kept: torch.Tensor, pull: float
+) -> torch.Tensor:
+    """V from H (q, q), float64; see :func:`fitted_weights`."""
+    w = weight.to(torch.float64)
+    inner = second[kept][:, kept].clone()
+    mean = inner.diagonal().mean()
+    s = float(pull * mean) if bool(mean > 0) else 1.0
+    inner.diagonal().add_(s)
+    right = w @ second[:, kept] + s * w[:, kept]
+    factor, info = torch.linalg.cholesky_ex(inner)
+    if int(info) != 0:
+        return w[:, kept]
+    half = torch.linalg.solve_triangular(factor, right.T, upper=False)
+    return torch.linalg.solve_triangular(factor.T, half, upper=True).T
+
+
+def output_error(
+    weight: torch.Tensor, second: torch.Tensor, kept: torch.Tensor, new: torch.Tensor
+) -> float:
+    """:func:`relative_error` from H."""
+    w = weight.to(torch.float64)
+    difference = -w
+    difference[:, kept] += new
+    whole = float((w @ second).mul(w).sum())
+    return float((difference @ second).mul(difference).sum()) / whole if whole > 0 else 0.0
+
+
+def best_pull(
+    weight: torch.Tensor,
+    fitted: torch.Tensor,
+    held_out: torch.Tensor,
+    kept: torch.Tensor,
+    pulls: Sequence[float] = PULLS,
+) -> float | None:
+    """:func:`chosen_pull` from H of the two parts, (q, q)."""
+    best, least = None, output_error(weight, held_out, kept, weight[:, kept].to(torch.float64))
+    for pull in pulls:
+        found = output_error(weight, held_out, kept, refit(weight, fitted, kept, pull))
+        if found < least:
+            best, least = pull, found
+    return best
