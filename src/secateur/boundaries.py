@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 #: Bytes of activations held in memory before the rest goes to a temporary file each.
-IN_MEMORY = 2**30
+IN_MEMORY = 2**28
 
 
 class Boundaries:

@@ -98,7 +98,8 @@ class Engine:
             if self.method.survey_by == "gradients":  # forward twice; backward is worth two more
                 return reads + 4, 3
             return reads * (1 + self.method.looks_ahead), 0
-        return (2 if len(counts) == 1 else 2 + 2 * min(3, len(counts))), 0
+        trials = min(3, len(counts)) if len(counts) > 1 else 0
+        return 2 + 2 * trials, trials
 
     def choose_layers(
         self,
@@ -282,6 +283,7 @@ class Engine:
                         if again:
                             out = self._pass_on(layer, module, hidden)
                 hidden = out
+                del state  # else it stays until the next block's takes its place
             self.progress.step(f"block {layer}")
         self.progress.finish()
         if probe_out is not None and probed is not None:

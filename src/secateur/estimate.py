@@ -9,15 +9,21 @@ from dataclasses import dataclass
 import torch
 
 from secateur.anatomy import Anatomy
+from secateur.boundaries import IN_MEMORY
 from secateur.errors import MemoryLimitError, RecipeError
 from secateur.recipe import BYTE_UNITS, parse_amount
 from secateur.streaming import TOKENS_PER_CALL, TOKENS_PER_HEAD_CALL
 
 #: Python, torch and transformers themselves, measured on Linux; mapped library pages left out.
 BASE = 320 * 2**20
-#: Copies of the widest q x q float64 matrix that exist at once: second moment, G, ordered and
-#: damped G, Cholesky factor, inverse while ordering, one temporary.
-GRAM_COPIES = 7
+#: Matrices of the size of the widest q x q in float64 that exist at once besides the moments: mean
+#: and damped second moment, factor, inverse and half of it while ordering, one temporary.
+GRAM_COPIES = 6
+#: The same where tokens are few: G, which is factorised in place, and panels of it; or what a
+#: removal knows of an inverse.
+GRAM_COPIES_OF_FEW = 1.5
+#: Most of freed memory that stays with the process; larger pieces go back at once.
+NOT_GIVEN_BACK = 2**28
 
 
 @dataclass(frozen=True)
@@ -71,18 +77,22 @@ def estimate(
     ffn = max(max(d.rows, d.inputs) for d in anatomy.denses.values())
     scan = anatomy.tensors.get(anatomy.family.states or "")
     states = scan.rows * scan.each if scan is not None else 0
-    # Read, rounded to the written type, and back in float32: two and a half copies.
-    outside = 10 * anatomy.outside_parameters
-    logits = 4 * 3 * vocabulary * min(length, TOKENS_PER_HEAD_CALL)
-    block = 4 * 6 * anatomy.block_parameters  # in the module, as read, masked, sliced
-    grams = 8 * sum(w * w for w in widths.values()) + 8 * (GRAM_COPIES - 1) * widest * widest
+    # Read, rounded to the written type, and back in float32: two and a half copies. Without losses
+    # the head is never read.
+    outside = 10 * (anatomy.outside_parameters if heads else vocabulary * hidden)
+    outside += 4 * 3 * vocabulary * min(length, TOKENS_PER_HEAD_CALL) if heads else 0
+    block = 10 * anatomy.block_parameters  # in the module, what is new of it masked, sliced
+    few = 2 * tokens <= widest
+    copies = GRAM_COPIES_OF_FEW if few else GRAM_COPIES
+    grams = round(8 * copies * widest * widest)
+    grams += sum(4 * w * (tokens if 2 * tokens <= w else 2 * w) for w in widths.values())
     parts = {
         "program": BASE + overhead,
         "a block and its matrices": block + grams,
-        # Added, though the two are never needed together: freed memory is not all given back.
-        "embeddings and logits": outside + logits,
+        # The two are never needed together, but not all freed memory is given back.
+        "embeddings and logits": max(outside - block - grams, min(outside, NOT_GIVEN_BACK)),
         "activations": 4 * batch * (3 * ffn + 4 * states + 6 * hidden) + 4 * tokens * hidden * 3,
-        "block boundaries": 4 * tokens * hidden * (anatomy.layers + 1),
+        "block boundaries": min(4 * tokens * hidden * (anatomy.layers + 1), IN_MEMORY),
     }
     if whole:
         parts["the whole model, to write text"] = 4 * anatomy.parameters
