@@ -451,6 +451,11 @@ def test_the_best_method_and_random_by_their_target() -> None:
             "--then makes zeros in whole units that stay, but --structure inputs removes columns "
             "of single layers: use --structure coupled",
         ),
+        (
+            {"remove": "20%", "method": "slicegpt", "then": "apt"},
+            "--then apt makes zeros in whole units that stay, but method slicegpt cuts the hidden "
+            "width of the whole model: leave out --then, or use another --method, such as obs",
+        ),
     ],
 )
 def test_what_this_model_cannot_have(

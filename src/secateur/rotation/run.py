@@ -54,6 +54,12 @@ class RotationRun(Opened):
                 "tensor for the shortcut matrices of its residuals; give --out a folder name, or "
                 "use another --method"
             )
+        if recipe.then is not None:
+            raise RecipeError(
+                f"--then {recipe.then} makes zeros in whole units that stay, but method "
+                f"{recipe.method} cuts the hidden width of the whole model: leave out --then, or "
+                "use another --method, such as obs"
+            )
         for name, meaning in FOREIGN.items():
             if getattr(recipe, name) != "auto":
                 option = f"--{name.replace('_', '-')}"
