@@ -8,7 +8,8 @@ from typing import Any
 
 from secateur.engine import Engine
 from secateur.errors import RecipeError
-from secateur.estimate import Estimate, check_memory, estimate, parse_limit
+from secateur.estimate import Estimate, check_memory, estimate, parse_limit, workers_text
+from secateur.executors import Executor
 from secateur.forms import Form, Target, resolve
 from secateur.layers import LayerChoice
 from secateur.methods import Method, get_method, method_class
@@ -52,8 +53,8 @@ class PlanResult:
     peak_memory: int
 
 
-class Run(Opened):
-    """What ``plan`` and ``prune`` share: everything up to the neuron stage."""
+class Prepared(Opened):
+    """A source, a method that fits it, and the engine that applies it."""
 
     def __init__(
         self,
@@ -61,7 +62,6 @@ class Run(Opened):
         recipe: Recipe,
         *,
         device: str,
-        max_memory: str | None,
         trust_remote_code: bool,
         progress: Progress,
         target: Target | None = None,
@@ -100,12 +100,6 @@ class Run(Opened):
             dtype=self.dtype,
             progress=progress,
         )
-        self.memory = parse_limit(max_memory) if max_memory else None
-        self.estimate = self._estimate()
-        for line in (*self.method.notes(anatomy), self.estimate.text()):
-            progress.note(line)
-        check_memory(self.estimate, max_memory)
-        self.windows = self._calibrate()
 
     def _method(self, form: Form) -> Method:
         """The recipe's method for models of this form, with what comes after it."""
@@ -117,6 +111,59 @@ class Run(Opened):
         zeros = get_method(recipe.then, recipe.then_options, form)
         assert isinstance(zeros, SparseMethod)
         return Chain(method, zeros)
+
+    def _form(self) -> Form:
+        anatomy = self.stream.anatomy
+        return resolve(
+            self.recipe,
+            anatomy,
+            self.target,
+            tied=bool(self.checkpoint.config.tie_word_embeddings),
+            stock_groups=hf.stock_groups(self.checkpoint, anatomy),
+        )
+
+
+class Run(Prepared):
+    """What ``plan`` and ``prune`` share: everything up to the neuron stage.
+
+    Args:
+        max_memory: what all processes together may use, such as ``4GB``.
+        beside: runs like this one that share it.
+        executor: where blocks are cut side by side.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        recipe: Recipe,
+        *,
+        device: str,
+        max_memory: str | None,
+        trust_remote_code: bool,
+        progress: Progress,
+        target: Target | None = None,
+        beside: int = 1,
+        executor: Executor | None = None,
+    ) -> None:
+        super().__init__(
+            source,
+            recipe,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            target=target,
+        )
+        self.trust_remote_code = trust_remote_code
+        self.executor = executor
+        check_independent(self.method, executor, recipe.method)
+        self.memory = parse_limit(max_memory) if max_memory else None
+        self.estimate = self._estimate()
+        for line in (*self.method.notes(self.stream.anatomy), self.estimate.text()):
+            progress.note(line)
+        if executor is not None:
+            progress.note(workers_text(self.estimate, executor))
+        check_memory(self.estimate, max_memory, beside=beside, executor=executor)
+        self.windows = self._calibrate()
 
     def _estimate(self) -> Estimate:
         spec, config = self.recipe.calibration, self.checkpoint.config
@@ -138,16 +185,6 @@ class Run(Opened):
             passes=passes,
             heads=heads,
             whole=bool(written),
-        )
-
-    def _form(self) -> Form:
-        anatomy = self.stream.anatomy
-        return resolve(
-            self.recipe,
-            anatomy,
-            self.target,
-            tied=bool(self.checkpoint.config.tie_word_embeddings),
-            stock_groups=hf.stock_groups(self.checkpoint, anatomy),
         )
 
     def layout_cost(self, choice: LayerChoice) -> dict[str, float] | None:
