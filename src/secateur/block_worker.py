@@ -175,9 +175,7 @@ class BlockWorker:
 def main() -> None:
     """Answer tasks; see the top of this file."""
     worker = BlockWorker()
-    serve(
-        {"open": worker.open, "look": worker.look, "cut": worker.cut, "write": worker.write}
-    )
+    serve({"open": worker.open, "look": worker.look, "cut": worker.cut, "write": worker.write})
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from secateur.anatomy import Anatomy
 from secateur.engine import Engine
 from secateur.errors import RecipeError
-from secateur.estimate import Estimate, check_memory, estimate, parse_limit, workers_text
+from secateur.estimate import Estimate, check_memory, check_workers, estimate, parse_limit
 from secateur.executors import Executor
 from secateur.forms import Form, Target, resolve
 from secateur.layers import LayerChoice
@@ -129,8 +130,10 @@ class Run(Prepared):
     Args:
         max_memory: what all processes together may use, such as ``4GB``.
         beside: runs like this one that share it.
-        executor: where blocks are cut side by side.
+        spreads: whether blocks shall be cut side by side; see :meth:`spread_over`.
     """
+
+    executor: Executor | None = None
 
     def __init__(
         self,
@@ -143,7 +146,7 @@ class Run(Prepared):
         progress: Progress,
         target: Target | None = None,
         beside: int = 1,
-        executor: Executor | None = None,
+        spreads: bool = False,
     ) -> None:
         super().__init__(
             source,
@@ -154,16 +157,31 @@ class Run(Prepared):
             target=target,
         )
         self.trust_remote_code = trust_remote_code
-        self.executor = executor
-        check_independent(self.method, executor, recipe.method)
+        if spreads:
+            check_independent(self.method, self.stream.anatomy)
+        self.max_memory = max_memory
         self.memory = parse_limit(max_memory) if max_memory else None
         self.estimate = self._estimate()
         for line in (*self.method.notes(self.stream.anatomy), self.estimate.text()):
             progress.note(line)
-        if executor is not None:
-            progress.note(workers_text(self.estimate, executor))
-        check_memory(self.estimate, max_memory, beside=beside, executor=executor)
+        check_memory(self.estimate, max_memory, beside=beside)
         self.windows = self._calibrate()
+
+    def spread_over(self, executor: Executor) -> None:
+        """Let blocks be cut there.
+
+        Raises:
+            MemoryLimitError: so many workers are more than fits.
+        """
+        self.executor = executor
+        workers = executor.on_one_machine
+        self.progress.note(
+            f"{executor.workers} workers of {_counted(executor.threads, 'thread')}: up to "
+            f"{self.estimate.worker / 2**20:.0f} MiB each, with this process "
+            f"{self.estimate.with_workers(workers) / 2**20:.0f} MiB"
+            + (f" on each of {executor.machines} machines" if executor.machines > 1 else "")
+        )
+        check_workers(self.estimate, self.max_memory, workers, executor.machines)
 
     def _estimate(self) -> Estimate:
         spec, config = self.recipe.calibration, self.checkpoint.config
@@ -271,6 +289,27 @@ class Run(Prepared):
             "seconds": dict(self.progress.seconds),
             "peak_memory": peak,
         }
+
+
+def check_independent(method: Method, anatomy: Anatomy) -> None:
+    """Whether the blocks of this method can be cut side by side.
+
+    Raises:
+        RecipeError: each needs those before it.
+    """
+    if method.identical_inputs or not method.signals(anatomy):
+        return
+    ways = "leave out --workers and --cluster"
+    if "inputs" in type(method.options).model_fields and not isinstance(method, Chain):
+        ways = f"add --set inputs=identical, or {ways}"
+    raise RecipeError(
+        f"method {method.name} takes the statistics of each block behind the cut blocks before it, "
+        f"so blocks cannot be cut side by side: {ways}"
+    )
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
 
 
 def open_run(source: str | Path, recipe: Recipe, **settings: Any) -> Run | RotationRun:

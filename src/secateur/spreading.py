@@ -1,10 +1,10 @@
 """The blocks of one run, cut side by side by several workers.
 
-That can be done where what goes into a block does not depend on how others are cut: the uncut model
-is run once, here, and what goes into each block is written to a file; from there on a block is the
-business of whichever worker is free. Only parameters that a block should have lost and has not are
-handed on to the next, as a number (:class:`Quotas`). The journal is kept here and by nobody else, so
-that a run that is killed continues with workers or without.
+That can be done where what goes into a block does not depend on how others are cut: the uncut
+model is run once, here, and what goes into each block is written to a file; from there on a block
+is the business of whichever worker is free. Only the number of parameters that a block should have
+lost and has not is handed on to the next (:class:`Quotas`). The journal is kept here and by nobody
+else, so that a run that is killed continues with workers or without.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 from secateur.checkpoint import local_path
 from secateur.checkpoint.writer import Journal, write_tensors
-from secateur.errors import OutputError, RecipeError, SourceError, WorkerDied
-from secateur.executors import Asked, Executor, Pool
+from secateur.errors import OutputError, SourceError, WorkerDied
+from secateur.executors import Asked, Pool
 from secateur.finished import inputs_file, read_cut
-from secateur.methods import Method, Shares
+from secateur.methods import Shares
 from secateur.opening import versions
 from secateur.pipeline import Run
 from secateur.plans import BlockCut, Plan, block_removed
@@ -26,26 +26,6 @@ from secateur.progress import process_memory
 
 #: Workers that may die at one block before the run is given up.
 TRIES = 3
-
-
-def check_independent(method: Method, executor: Executor | None, name: str) -> None:
-    """Whether the blocks of this method can be cut side by side.
-
-    Args:
-        name: of the recipe's method.
-
-    Raises:
-        RecipeError: each needs those before it.
-    """
-    if executor is None or method.identical_inputs:
-        return
-    ways = "leave out --workers and --cluster"
-    if "inputs" in type(method.options).model_fields and not method.form.sparsity:
-        ways = f"add --set inputs=identical, or {ways}"
-    raise RecipeError(
-        f"method {name} takes the statistics of each block behind the cut blocks before it, so "
-        f"that they cannot be cut side by side: {ways}"
-    )
 
 
 class Quotas:
@@ -214,9 +194,9 @@ class Blocks:
                 self._drop()
                 if attempt == TRIES - 1:
                     raise OutputError(
-                        f"{TRIES} workers died at block {layer}, the last one so: {error}; finished "
-                        "blocks are kept: repeat the command, with fewer --workers if memory is "
-                        "short"
+                        f"{TRIES} workers died at block {layer}, the last one so: {error}; "
+                        "finished blocks are kept: repeat the command, with fewer --workers if "
+                        "memory is short"
                     ) from error
         raise AssertionError
 

@@ -40,7 +40,7 @@ class Worker:
     """
 
     def __init__(
-        self, module: str, what: str, *, threads: int | None = None, **environment: str
+        self, module: str, what: str, threads: int | None = None, /, **environment: str
     ) -> None:
         self._what = what
         # Not a pipe, which would have to be read all the time.

@@ -7,7 +7,7 @@ import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from secateur.errors import RecipeError
@@ -104,16 +104,15 @@ class Executor(ABC):
         return math.ceil(self.workers / self.machines)
 
 
-def open_executor(workers: int | None, cluster: str | None) -> Executor | None:
-    """The place that the options name; None where nothing is to be spread.
+def spreads(workers: int | None, cluster: str | None) -> bool:
+    """Whether the options ask for more than one process.
 
     Args:
         workers: processes at a time; None for what the place suggests.
-        cluster: ``ray``, or ``ray://HOST:PORT`` for one that runs.
+        cluster: ``ray``, or ``ray://HOST:PORT`` for one that runs; None for this machine.
 
     Raises:
-        RecipeError: the options cannot be meant so, or Ray is not installed.
-        OutputError: Ray does not start, or cannot be reached.
+        RecipeError: they cannot be meant so.
     """
     if workers is not None and workers < 1:
         raise RecipeError(f"--workers is {workers}: allowed are numbers from 1 on")
@@ -121,16 +120,38 @@ def open_executor(workers: int | None, cluster: str | None) -> Executor | None:
         raise RecipeError(
             f"--cluster is {cluster!r}: allowed are ray, and ray://HOST:PORT for one that runs"
         )
-    if cluster is None and workers in (None, 1):
-        return None
+    return cluster is not None or (workers or 1) > 1
+
+
+@contextmanager
+def opened_executor(workers: int | None, cluster: str | None) -> Iterator[Executor | None]:
+    """The place that the options of :func:`spreads` name; None where nothing is to be spread.
+
+    While it is open, torch has as many threads in this process as it has in the workers.
+
+    Raises:
+        RecipeError: the options cannot be meant so, or Ray is not installed.
+        OutputError: Ray does not start, or cannot be reached.
+    """
+    if not spreads(workers, cluster):
+        yield None
+        return
     import torch
 
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
+    with _executor(workers, cluster, before) as executor:
+        torch.set_num_threads(executor.threads)
+        try:
+            yield executor
+        finally:
+            torch.set_num_threads(before)
+
+
+def _executor(workers: int | None, cluster: str | None, threads: int) -> Executor:
     if cluster is None:
         from secateur.executors.local import Local
 
-        assert workers is not None
-        return Local(workers, threads)
+        return Local(workers or 1, threads)
     from secateur.executors.on_ray import OnRay
 
     return OnRay(workers, threads, address=None if cluster == "ray" else cluster)
@@ -139,23 +160,3 @@ def open_executor(workers: int | None, cluster: str | None) -> Executor | None:
 def shared_out(threads: int, workers: int) -> int:
     """Threads of each of so many workers."""
     return max(1, threads // workers)
-
-
-@contextmanager
-def torch_threads(executor: Executor | None) -> Iterator[None]:
-    """Let torch have as many threads in this process as it has in the workers."""
-    if executor is None:
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(executor.threads)
-    try:
-        yield
-    finally:
-        with suppress(RuntimeError):
-            torch.set_num_threads(before)
-
-
-__all__ = ["WORKERS_OF_A_LOCAL_RAY", "Asked", "Executor", "open_executor", "shared_out"]

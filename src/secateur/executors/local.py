@@ -20,4 +20,4 @@ class Local(Executor):
         self.threads = shared_out(threads, workers)
 
     def _start(self, module: str, what: str) -> Asked:
-        return Worker(module, what, threads=self.threads)
+        return Worker(module, what, self.threads)

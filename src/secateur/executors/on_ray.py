@@ -1,7 +1,7 @@
 """Workers as actors of a Ray: on the nodes of a cluster, or on one that is started here.
 
-Ray places the workers, knows their nodes and notices when one is lost. Each actor holds a process of
-ours (:class:`secateur.workers.Worker`), so that a worker is the same thing wherever it runs: its
+Ray places the workers, knows their nodes and notices when one is lost. Each actor holds a process
+of ours (:class:`secateur.workers.Worker`), so that a worker is the same thing wherever it runs: its
 threads and its memory are its own, and it ends with its actor. Nothing large goes through Ray: what
 a worker reads and writes are files that all nodes must see.
 """
@@ -22,7 +22,7 @@ from secateur.errors import OutputError, RecipeError, SecateurError, WorkerDied
 from secateur.executors.base import WORKERS_OF_A_LOCAL_RAY, Asked, Executor, shared_out
 from secateur.workers import Worker
 
-#: Where a Ray that is started here listens; sockets of Unix want a path of less than 108 characters.
+#: Where a Ray that is started here has its sockets, whose paths Unix wants below 108 characters.
 SHORT = "/tmp"
 #: Bytes of Ray's own store of objects, the least that it takes: ours go through files.
 STORE = 80 * 2**20
@@ -68,10 +68,10 @@ class OnRay(Executor):
         else:
             if not ray.is_initialized():
                 self._join(address)
-            nodes = [node for node in ray.nodes() if node["Alive"]]
+            nodes = [node for node in self._ray.nodes() if node["Alive"]]
             self.machines = max(1, len(nodes))
             self.workers = workers or self.machines
-            cores = int(ray.cluster_resources().get("CPU", 1))
+            cores = int(self._ray.cluster_resources().get("CPU", 1))
             if self.workers > cores:
                 self.close()
                 raise RecipeError(
@@ -136,7 +136,7 @@ class _Held:
     """The actor: a process of ours on a node of Ray's."""
 
     def __init__(self, module: str, what: str, threads: int) -> None:
-        self._worker = Worker(module, what, threads=threads)
+        self._worker = Worker(module, what, threads)
         self._news: list[Any] = []
         self._lock = threading.Lock()
 
@@ -177,7 +177,9 @@ class _Remote:
             if told is not None:
                 self._hear(told)
         except self._ray.exceptions.RayError as error:
-            raise WorkerDied(f"{self._what} was lost with its node: {_first_line(error)}") from error
+            raise WorkerDied(
+                f"{self._what} was lost with its node: {_first_line(error)}"
+            ) from error
         if "error" in found:
             raise getattr(errors, found["kind"])(found["error"])
         return found["value"]

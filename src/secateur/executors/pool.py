@@ -38,15 +38,15 @@ class Pool(Generic[Job, Result]):
         self._given = 0
         self._taken = 0
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
-        for thread in self._threads:
-            thread.start()
+        for each in self._threads:
+            each.start()
 
     def __enter__(self) -> Pool[Job, Result]:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended = True
-        for _ in self._threads:
+        for _thread in self._threads:
             self._jobs.put(None)
         self._end()
         for thread in self._threads:
