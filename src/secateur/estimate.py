@@ -151,9 +151,9 @@ def check_workers(found: Estimate, limit: str | None, workers: int, machines: in
     way = f"use --workers {fit * machines}" if fit * machines > 1 else "leave out --workers"
     raise MemoryLimitError(
         f"the run is estimated at {found.memory / 2**20:.0f} MiB and {found.worker / 2**20:.0f} "
-        f"MiB in each of {workers} workers, {found.with_workers(workers) / 2**20:.0f} MiB together, "
-        f"--max-memory allows {allowed / 2**20:.0f} MiB, which is enough for {fit}: {way}, or "
-        "raise --max-memory"
+        f"MiB in each of {workers} workers, {found.with_workers(workers) / 2**20:.0f} MiB "
+        f"together, --max-memory allows {allowed / 2**20:.0f} MiB, which is enough for {fit}: "
+        f"{way}, or raise --max-memory"
     )
 
 

@@ -129,7 +129,8 @@ class Blocks:
         own, progress.memory = progress.memory, self._all_memory
         plan = Plan(run.stream.anatomy, [])
         try:
-            with Pool(self._executor.workers, self._one, self._end) as pool:
+            idle = lambda: progress.step("", steps=0)  # noqa: E731
+            with Pool(self._executor.workers, self._one, end=self._end, idle=idle) as pool:
 
                 def take(layer: int, entry: dict[str, Any]) -> None:
                     keep(entry)

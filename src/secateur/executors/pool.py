@@ -25,13 +25,20 @@ class Pool(Generic[Job, Result]):
         workers: jobs that are done at a time.
         do: does one; called in a thread of the pool.
         end: called once at the end, to wake threads that wait for a worker.
+        idle: called in the owner's thread now and then while it waits, to show signs of life.
     """
 
     def __init__(
-        self, workers: int, do: Callable[[Job], Result], end: Callable[[], None] = lambda: None
+        self,
+        workers: int,
+        do: Callable[[Job], Result],
+        *,
+        end: Callable[[], None] = lambda: None,
+        idle: Callable[[], None] = lambda: None,
     ) -> None:
         self._do = do
         self._end = end
+        self._idle = idle
         self._jobs: queue.Queue[Job | None] = queue.Queue()
         self._done: queue.Queue[tuple[Job, Result | None, BaseException | None]] = queue.Queue()
         self._ended = False
@@ -64,11 +71,6 @@ class Pool(Generic[Job, Result]):
         self._given += 1
         self._jobs.put(job)
 
-    @property
-    def waiting(self) -> int:
-        """Jobs that were given and not taken back."""
-        return self._given - self._taken
-
     def ready(self) -> Iterator[tuple[Job, Result]]:
         """What is finished by now; raises what a job has raised."""
         while not self._done.empty():
@@ -84,6 +86,7 @@ class Pool(Generic[Job, Result]):
             try:
                 job, result, error = self._done.get(timeout=LOOK_EVERY)
             except queue.Empty:
+                self._idle()
                 continue
             self._taken += 1
             if error is not None:
