@@ -35,6 +35,10 @@ class BlockWorker:
         self._memory.__enter__()
         self._recorded: set[tuple[int, int]] = set()
 
+    def end(self) -> None:
+        """Stop measuring; a process that ends need not."""
+        self._memory.__exit__()
+
     def open(
         self,
         source: str,
