@@ -82,7 +82,6 @@ MaxMemory = Annotated[
 Workers = Annotated[
     int | None,
     typer.Option(
-        min=1,
         help="processes at a time, which share out threads and --max-memory [1; on a cluster, one "
         "a node]",
     ),
