@@ -232,3 +232,30 @@ def test_a_share_that_cannot_be_reached_is_a_row(done: Done) -> None:
     page = check_alone((done.out / "report.html").read_text())
     assert page.tables["rows"][4] == ["tight", "20% of the decoder", why]
     assert f"\n- tight, 20% of the decoder: {why}\n" in (done.out / "compare.md").read_text()
+
+
+def test_two_at_a_time_measure_the_same(
+    model_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for seconds and memory, and with as many threads in each process."""
+    words = [
+        "compare", model_folder("llama-gqa-tied"), "--methods", "comp,magnitude-sp", "--remove",
+        "20%", "--of", "decoder", "--set", "comp.layers=0", "--set", "comp.exempt_first=0",
+        "--samples", "4", "--length", "24", "--windows", WINDOWS, "--window-length", LENGTH,
+    ]  # fmt: skip
+    secateur(*words, "--workers", "2", "--out", tmp_path / "beside").fine()
+    with monkeypatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // 2)))
+        secateur(*words, "--out", tmp_path / "serial").fine()
+    names = ["comp-20-of-decoder-seed0", "dense", "magnitude-sp-20-of-decoder-seed0"]
+    for name in names:
+        both = [
+            json.loads((tmp_path / out / "cells" / f"{name}.json").read_text())
+            for out in ("beside", "serial")
+        ]
+        for found in both:
+            assert found.pop("wall") > 0
+            for key in ("seconds", "peak_memory", "stages"):
+                assert found.pop(key, True)
+        assert both[0] == both[1]
+    assert [p.stem for p in sorted((tmp_path / "beside" / "cells").iterdir())] == names

@@ -21,6 +21,7 @@ from secateur.comparison.folder import Folder, differences
 from secateur.comparison.run import compare
 from secateur.comparison.table import Row
 from secateur.errors import OutputError, RecipeError, SourceError
+from secateur.executors import Executor
 
 DENSE = {"builtin": 20.0, "wikitext2": 30.0}
 LOOK = {
@@ -591,3 +592,60 @@ def test_differences_are_named_by_their_path() -> None:
     old = {"a": 1, "b": {"c": [1, 2], "d": 0}, "e": {}}
     assert differences(old, old) == []
     assert differences(old, {"a": 2, "b": {"c": [1, 3], "d": 0}, "f": 1}) == ["a", "b.c", "e", "f"]
+
+
+# ---- side by side ------------------------------------------------------------------------------
+
+
+class Closing(StandIn):
+    """What an executor starts is also closed by it."""
+
+    def close(self) -> None:
+        pass
+
+
+class Beside(Executor):
+    """Two cells at a time."""
+
+    workers = 2
+    threads = 1
+
+    def _start(self, module: str, what: str) -> Closing:
+        return Closing(module, what)
+
+
+def test_cells_side_by_side_make_the_same_table(
+    stand_in: type[StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in.failing = {"obs-20-seed0": SourceError("block 1 cannot be cut")}
+    compare("model", tmp_path / "serial", **GRID)
+    one_by_one, stand_in.asked = stand_in.asked, []
+    monkeypatch.setattr(run, "opened_executor", lambda *_: Beside())
+    found = compare("model", tmp_path / "beside", workers=2, **GRID)
+    assert sorted(stand_in.asked) == sorted(one_by_one)
+    assert found.failed == {"obs-20-seed0": "block 1 cannot be cut"}
+    both = [without_times(load(tmp_path / name)) for name in ("serial", "beside")]
+    assert both[0] == both[1]
+
+
+def test_cells_side_by_side_continue(
+    stand_in: type[StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cell that raised no error of ours ends all; what was finished is not made again."""
+    monkeypatch.setattr(run, "opened_executor", lambda *_: Beside())
+    stand_in.failing = {"obs-20-seed0": KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        compare("model", tmp_path / "out", workers=2, **GRID)
+    finished = {path.stem for path in (tmp_path / "out" / "cells").iterdir()} - {"dense"}
+    stand_in.failing, stand_in.asked = {}, []
+    compare("model", tmp_path / "out", workers=2, **GRID)
+    assert "obs-20-seed0" not in finished
+    assert set(pruned(stand_in)) == {"comp-10-seed0", "obs-10-seed0", "comp-20-seed0",
+                                     "obs-20-seed0"} - finished  # fmt: skip
+
+
+def without_times(value: Any) -> Any:
+    """A tree of JSON without what depends on the clock."""
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k != "wall"}
+    return [without_times(each) for each in value] if isinstance(value, list) else value

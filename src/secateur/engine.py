@@ -24,7 +24,7 @@ from secateur.plans import BlockCut, Plan, Tensors, block_removed, check_cut
 from secateur.progress import Progress
 from secateur.statistics import Channels, Moments, gather
 from secateur.streaming import Stream
-from secateur.surveys import by_gradients, finite_statistics
+from secateur.surveys import by_gradients, by_statistics, finite_statistics
 
 #: Takes a finished block: its cut, and its original tensors in float32 on the CPU.
 Sink = Callable[[BlockCut, Tensors], None]
@@ -196,27 +196,13 @@ class Engine:
         surveys = {}
         if method.looks_ahead and method.survey_by == "gradients":
             surveys = by_gradients(
-                self.stream, method, tokens, choice.layers, self._block, self.progress
+                self.stream, method, tokens, choice.layers, self.block, self.progress
             )
         elif method.looks_ahead:
-            surveys = self._survey(choice.layers, tokens)
+            surveys = by_statistics(
+                self.stream, method, tokens, choice.layers, self.look, self.progress
+            )
         return method.allocate(anatomy, choice.layers, choice.importances, surveys, rest)
-
-    def _survey(self, layers: list[int], tokens: torch.Tensor) -> dict[int, Any]:
-        """One look at every block, uncut, with statistics; only the method's answers are kept."""
-        found: dict[int, Any] = {}
-        layers = list(self.method.surveyed(layers))
-        self.progress.stage("survey", len(layers))
-        reads = bool(self.method.signals(self.stream.anatomy))
-        hidden = self.stream.embed(tokens) if reads else None
-        for layer in layers:
-            with self.stream.block(layer) as module:
-                block, hidden = self._look(layer, module, hidden)
-                with finite_statistics(layer):
-                    found[layer] = self.method.survey(block)
-            self.progress.step(f"block {layer}")
-        self.progress.finish()
-        return found
 
     # ---- inside the blocks -------------------------------------------------------------------
 
@@ -245,7 +231,7 @@ class Engine:
         probed = self.stream.embed(probe) if probe is not None else None
         open_ = [layer for layer in layers if layer not in done]
         # Behind these, nothing needs what blocks put out, or nothing needs the blocks at all.
-        last_read = max((i for i in open_ if self._signals(shares[i].parameters)), default=-1)
+        last_read = max((i for i in open_ if self.signals(shares[i].parameters)), default=-1)
         last_cut = max(open_, default=-1)
         windows, late = self.text.windows(tokens) if last_read >= 0 else (None, 0)
         hidden = self.stream.embed(windows) if windows is not None else None
@@ -290,7 +276,7 @@ class Engine:
             probe_out.append(probed)
         return plan
 
-    def _look(
+    def look(
         self,
         layer: int,
         module: torch.nn.Module,
@@ -307,7 +293,7 @@ class Engine:
             only: signals of which statistics are taken; without it, all that the method wants.
         """
         anatomy, method = self.stream.anatomy, self.method
-        signals = self._signals(1 if share is None else share.parameters)
+        signals = self.signals(1 if share is None else share.parameters)
         signals = signals if only is None else signals & only
         readers = {signal: anatomy.by_signal[signal][0] for signal in sorted(signals)}
         behind = {s: place for s in readers if (place := anatomy.behind(s)) is not None}
@@ -324,7 +310,7 @@ class Engine:
         else:
             with gather(module, readers, Channels, behind=behind) as (channels, _):
                 out = self._pass_on(layer, module, hidden)
-        block = self._block(
+        block = self.block(
             layer,
             module,
             moments=moments,
@@ -335,7 +321,7 @@ class Engine:
         )
         return block, out
 
-    def _block(self, layer: int, module: torch.nn.Module, **seen: Any) -> Block:
+    def block(self, layer: int, module: torch.nn.Module, **seen: Any) -> Block:
         """A block with its weights, and what else is seen of it by the names of :class:`Block`."""
         anatomy = self.stream.anatomy
         own = {name: module.get_submodule(name) for name in anatomy.denses}
@@ -352,7 +338,7 @@ class Engine:
             **{"moments": {}, **seen},
         )
 
-    def _signals(self, quota: int) -> set[str]:
+    def signals(self, quota: int) -> set[str]:
         """Signals whose statistics the cut of a block needs."""
         wanted = quota > 0 or self.method.cuts_every_block
         return self.method.signals(self.stream.anatomy) if wanted else set()
@@ -378,19 +364,27 @@ class Engine:
         for number, only in enumerate(stages or [None]):
             seen = masked(self.stream, module, state, cut, self.dtype) if number else nullcontext()
             with seen:
-                block, out = self._look(layer, module, hidden, share, late, only)
+                block, out = self.look(layer, module, hidden, share, late, only)
             with finite_statistics(layer):
                 cut = cut.joined(self.method.cut(block, share.parameters))
         if stages:
             module.load_state_dict(
                 {k: v.to(self.stream.device) for k, v in state.items()}, assign=True
             )
+        return self.checked(cut), out
+
+    def checked(self, cut: BlockCut) -> BlockCut:
+        """The cut with its tensors on the CPU.
+
+        Raises:
+            PlanError: it says what no block can be; nothing has been written by it.
+        """
         for named in (cut.inputs, cut.scales, cut.rows, cut.biases):
             named.update({name: tensor.cpu() for name, tensor in named.items()})
         cut.weights = {name: tensor.cpu() for name, tensor in cut.weights.items()}
         cut.groups = cut.groups.cpu() if cut.groups is not None else None
-        check_cut(anatomy, cut)  # before anything is written by it
-        return cut, out
+        check_cut(self.stream.anatomy, cut)
+        return cut
 
 
 def _held_out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -40,6 +40,10 @@ class OutputError(SecateurError):
     """The output cannot be written, or stands in the way."""
 
 
+class WorkerDied(OutputError):
+    """A process that was asked for something ended before it answered."""
+
+
 class VerifyError(SecateurError):
     """The written model, reopened, does not compute what the plan says."""
 

@@ -24,6 +24,8 @@ GRAM_COPIES = 6
 GRAM_COPIES_OF_FEW = 1.5
 #: Most of freed memory that stays with the process; larger pieces go back at once.
 NOT_GIVEN_BACK = 2**28
+#: Parts that only the process has that looks at all blocks.
+WHOLE_RUN = ("block boundaries", "the whole model, to write text", "gradients of a block")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,15 @@ class Estimate:
     @property
     def memory(self) -> int:
         return sum(self.parts.values())
+
+    @property
+    def worker(self) -> int:
+        """Bytes of a process that cuts single blocks: it has what goes into one of them alone."""
+        return self.memory - sum(self.parts.get(name, 0) for name in WHOLE_RUN)
+
+    def with_workers(self, workers: int) -> int:
+        """Bytes of the process that was started, and of so many that cut single blocks for it."""
+        return self.memory + workers * self.worker
 
     def text(self) -> str:
         return (
@@ -104,8 +115,11 @@ def estimate(
     return Estimate(parts, (forward + solve) / _matrix_rate() + read + 10)
 
 
-def check_memory(found: Estimate, limit: str | None) -> None:
+def check_memory(found: Estimate, limit: str | None, *, beside: int = 1) -> None:
     """Refuse to start when the estimate is above ``limit`` (such as ``4GB``).
+
+    Args:
+        beside: runs like this one that share the limit.
 
     Raises:
         MemoryLimitError: it is.
@@ -122,6 +136,35 @@ def check_memory(found: Estimate, limit: str | None) -> None:
             f"({found.parts[largest] / 2**20:.0f} MiB): lower --samples or --length, or raise "
             "--max-memory"
         )
+    if beside * found.memory > allowed:
+        raise MemoryLimitError(
+            f"the run is estimated at {found.memory / 2**20:.0f} MiB, {beside} of them side by "
+            f"side at {beside * found.memory / 2**20:.0f} MiB, --max-memory allows "
+            f"{allowed / 2**20:.0f} MiB: use --workers {allowed // found.memory}, or raise "
+            "--max-memory"
+        )
+
+
+def check_workers(found: Estimate, limit: str | None, workers: int, machines: int = 1) -> None:
+    """Refuse to start when a run and its workers are estimated above ``limit``.
+
+    Args:
+        workers: on one machine, beside the process that was started.
+        machines: that have as many each.
+
+    Raises:
+        MemoryLimitError: they are.
+    """
+    if limit is None or found.with_workers(workers) <= (allowed := parse_limit(limit)):
+        return
+    fit = max(0, allowed - found.memory) // found.worker
+    way = f"use --workers {fit * machines}" if fit * machines > 1 else "leave out --workers"
+    raise MemoryLimitError(
+        f"the run is estimated at {found.memory / 2**20:.0f} MiB and {found.worker / 2**20:.0f} "
+        f"MiB in each of {workers} workers, {found.with_workers(workers) / 2**20:.0f} MiB "
+        f"together, --max-memory allows {allowed / 2**20:.0f} MiB, which is enough for {fit}: "
+        f"{way}, or raise --max-memory"
+    )
 
 
 def parse_limit(limit: str) -> int:

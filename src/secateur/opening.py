@@ -25,6 +25,8 @@ class Opened:
     """A source that can be pruned, and the recipe to prune it by."""
 
     windows: Windows
+    #: Bytes of other processes that worked for this one, each at its most.
+    workers_peak: int = 0
 
     def __init__(
         self,

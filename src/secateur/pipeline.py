@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from secateur.anatomy import Anatomy
 from secateur.engine import Engine
 from secateur.errors import RecipeError
-from secateur.estimate import Estimate, check_memory, estimate, parse_limit
+from secateur.estimate import Estimate, check_memory, check_workers, estimate, parse_limit
+from secateur.executors import Executor
 from secateur.forms import Form, Target, resolve
 from secateur.layers import LayerChoice
 from secateur.methods import Method, get_method, method_class
@@ -52,8 +54,8 @@ class PlanResult:
     peak_memory: int
 
 
-class Run(Opened):
-    """What ``plan`` and ``prune`` share: everything up to the neuron stage."""
+class Prepared(Opened):
+    """A source, a method that fits it, and the engine that applies it."""
 
     def __init__(
         self,
@@ -61,7 +63,6 @@ class Run(Opened):
         recipe: Recipe,
         *,
         device: str,
-        max_memory: str | None,
         trust_remote_code: bool,
         progress: Progress,
         target: Target | None = None,
@@ -100,12 +101,6 @@ class Run(Opened):
             dtype=self.dtype,
             progress=progress,
         )
-        self.memory = parse_limit(max_memory) if max_memory else None
-        self.estimate = self._estimate()
-        for line in (*self.method.notes(anatomy), self.estimate.text()):
-            progress.note(line)
-        check_memory(self.estimate, max_memory)
-        self.windows = self._calibrate()
 
     def _method(self, form: Form) -> Method:
         """The recipe's method for models of this form, with what comes after it."""
@@ -117,6 +112,76 @@ class Run(Opened):
         zeros = get_method(recipe.then, recipe.then_options, form)
         assert isinstance(zeros, SparseMethod)
         return Chain(method, zeros)
+
+    def _form(self) -> Form:
+        anatomy = self.stream.anatomy
+        return resolve(
+            self.recipe,
+            anatomy,
+            self.target,
+            tied=bool(self.checkpoint.config.tie_word_embeddings),
+            stock_groups=hf.stock_groups(self.checkpoint, anatomy),
+        )
+
+
+class Run(Prepared):
+    """What ``plan`` and ``prune`` share: everything up to the neuron stage.
+
+    Args:
+        max_memory: what all processes together may use, such as ``4GB``.
+        beside: runs like this one that share it.
+        spreads: whether blocks shall be cut side by side; see :meth:`spread_over`.
+    """
+
+    executor: Executor | None = None
+
+    def __init__(
+        self,
+        source: str | Path,
+        recipe: Recipe,
+        *,
+        device: str,
+        max_memory: str | None,
+        trust_remote_code: bool,
+        progress: Progress,
+        target: Target | None = None,
+        beside: int = 1,
+        spreads: bool = False,
+    ) -> None:
+        super().__init__(
+            source,
+            recipe,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            target=target,
+        )
+        self.trust_remote_code = trust_remote_code
+        if spreads:
+            check_independent(self.method, self.stream.anatomy)
+        self.max_memory = max_memory
+        self.memory = parse_limit(max_memory) if max_memory else None
+        self.estimate = self._estimate()
+        for line in (*self.method.notes(self.stream.anatomy), self.estimate.text()):
+            progress.note(line)
+        check_memory(self.estimate, max_memory, beside=beside)
+        self.windows = self._calibrate()
+
+    def spread_over(self, executor: Executor) -> None:
+        """Let blocks be cut there.
+
+        Raises:
+            MemoryLimitError: so many workers are more than fits.
+        """
+        self.executor = executor
+        workers = executor.on_one_machine
+        self.progress.note(
+            f"{executor.workers} workers of {_counted(executor.threads, 'thread')}: up to "
+            f"{self.estimate.worker / 2**20:.0f} MiB each, with this process "
+            f"{self.estimate.with_workers(workers) / 2**20:.0f} MiB"
+            + (f" on each of {executor.machines} machines" if executor.machines > 1 else "")
+        )
+        check_workers(self.estimate, self.max_memory, workers, executor.machines)
 
     def _estimate(self) -> Estimate:
         spec, config = self.recipe.calibration, self.checkpoint.config
@@ -138,16 +203,6 @@ class Run(Opened):
             passes=passes,
             heads=heads,
             whole=bool(written),
-        )
-
-    def _form(self) -> Form:
-        anatomy = self.stream.anatomy
-        return resolve(
-            self.recipe,
-            anatomy,
-            self.target,
-            tied=bool(self.checkpoint.config.tie_word_embeddings),
-            stock_groups=hf.stock_groups(self.checkpoint, anatomy),
         )
 
     def layout_cost(self, choice: LayerChoice) -> dict[str, float] | None:
@@ -234,6 +289,27 @@ class Run(Opened):
             "seconds": dict(self.progress.seconds),
             "peak_memory": peak,
         }
+
+
+def check_independent(method: Method, anatomy: Anatomy) -> None:
+    """Whether the blocks of this method can be cut side by side.
+
+    Raises:
+        RecipeError: each needs those before it.
+    """
+    if method.identical_inputs or not method.signals(anatomy):
+        return
+    ways = "leave out --workers and --cluster"
+    if "inputs" in type(method.options).model_fields and not isinstance(method, Chain):
+        ways = f"add --set inputs=identical, or {ways}"
+    raise RecipeError(
+        f"method {method.name} takes the statistics of each block behind the cut blocks before it, "
+        f"so blocks cannot be cut side by side: {ways}"
+    )
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
 
 
 def open_run(source: str | Path, recipe: Recipe, **settings: Any) -> Run | RotationRun:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from secateur.checkpoint import local_path, open_checkpoint
 from secateur.checkpoint.writer import (
@@ -17,6 +19,8 @@ from secateur.checkpoint.writer import (
     write_tensors,
 )
 from secateur.errors import OutputError, SecateurError
+from secateur.executors import opened_executor, spreads
+from secateur.finished import finished_blocks, write_cut
 from secateur.forms import Target
 from secateur.layers import LayerChoice, Round
 from secateur.methods import Share, Shares
@@ -32,6 +36,7 @@ from secateur.recipe import Recipe
 from secateur.report.pruning import RunFacts, write_pruning_page
 from secateur.rotation.plan import RotationPlan, StoredBases
 from secateur.rotation.run import RotationRun
+from secateur.spreading import Blocks
 from secateur.streaming import Stream
 
 
@@ -57,9 +62,12 @@ def prune(
     weights: str | None = None,
     device: str = "cpu",
     max_memory: str | None = None,
+    workers: int | None = None,
+    cluster: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     verify: bool = True,
+    beside: int = 1,
 ) -> PruneResult:
     """Prune ``source`` by ``recipe`` and write the result to ``out``.
 
@@ -70,7 +78,14 @@ def prune(
     Args:
         out: a folder for transformers, or a file that ends in ``.gguf`` for llama.cpp.
         weights: type of the matrices in a GGUF file: f16 (by default), q8_0, q4_k_m, ...
+        max_memory: refuse to start when the estimate, of all processes together, is above this.
+        workers: processes that cut blocks side by side and share out the threads of this one; the
+            bytes are those of a run of one process with as many threads as each of them has.
+        cluster: ``ray`` has the blocks cut on the nodes of a Ray, which must all see the source and
+            the output at the same paths: the one that ``RAY_ADDRESS`` names, or ``ray://HOST:PORT``
+            in its place, or else one that is started here.
         verify: reopen the result in a fresh process and compare logits before it gets its name.
+        beside: runs like this one that share ``max_memory``.
 
     Raises:
         SecateurError: for everything that a user can mend.
@@ -85,7 +100,8 @@ def prune(
             f"--type {weights} is for a GGUF file, but output {out} is a folder: let --out end in "
             ".gguf, or use --dtype for the weights of a folder"
         )
-    with PeakMemory() as memory:
+    spread = spreads(workers, cluster)
+    with PeakMemory() as memory, ExitStack() as stack:
         drop_waste(place)
         finished = _moved_but_not_cleaned(place)
         if not finished:
@@ -98,7 +114,12 @@ def prune(
             trust_remote_code=trust_remote_code,
             progress=progress,
             target=target,
+            beside=beside,
+            spreads=spread,
         )
+        executor = stack.enter_context(opened_executor(workers, cluster))
+        if executor is not None and isinstance(run, Run):
+            run.spread_over(executor)
         journal = Journal(place, run.identity())
         continued = len(journal.entries) > 1
         try:
@@ -115,7 +136,8 @@ def prune(
             if target.kind == "gguf":
                 notes, ran = _export(run, journal, verify=verify)
             else:
-                facts = _facts(run, plan, place.name, memory.peak, verification, continued)
+                peak = memory.peak + run.workers_peak
+                facts = _facts(run, plan, place.name, peak, verification, continued)
                 if journal.model.is_dir():  # else it has moved, and its page with it
                     write_pruning_page(journal.model, facts)
                 journal.finish()
@@ -126,7 +148,7 @@ def prune(
         finally:
             journal.close()
     return PruneResult(
-        **run.result_fields(plan, choice, cost, memory.peak),
+        **run.result_fields(plan, choice, cost, memory.peak + run.workers_peak),
         out=place,
         facts=facts,
         verification=verification,
@@ -188,26 +210,32 @@ def _write(run: Run, journal: Journal) -> tuple[Plan, LayerChoice, dict[str, flo
     shares = _shares(run, journal, choice)
     blocks = len(choice.layers)
     plan = Plan(run.stream.anatomy, [])
-    done = _finished_blocks(journal, plan, choice.layers)
+    done = finished_blocks(journal, plan, choice.layers)
     if done:
         run.progress.note(f"continuing: {len(done)} of {blocks} blocks are finished")
+
+    def keep(entry: dict[str, Any]) -> None:
+        journal.add("block", entry)
+        run.check_unchanged(journal)
 
     def sink(cut: BlockCut, state: Tensors) -> None:
         number = choice.layers.index(cut.source)
         digest = hf.write_block(
             journal.model, plan, cut, state, number=number, blocks=blocks, dtype=run.dtype
         )
-        write_tensors(_cut_file(journal, cut.source), cut.tensors())
         new = sorted(cut.weights)
-        entry = {"source": cut.source, "sha256": digest, "notes": cut.notes, "new_weights": new}
-        journal.add("block", entry)
+        keep(write_cut(journal.folder, cut, digest))
         cut.weights = hf.stored_weights(journal.model, plan, number, blocks, new)
-        run.check_unchanged(journal)
 
     if journal.find("files") is None:
-        plan = run.engine.neuron_stage(
-            choice.layers, shares, run.windows.tokens, sink=sink, done=done
-        )
+        if run.executor is not None:
+            spread = Blocks(run, journal, choice.layers, shares, done)
+            plan.blocks.extend(spread.cut(keep))
+            run.workers_peak = spread.peak_memory
+        else:
+            plan = run.engine.neuron_stage(
+                choice.layers, shares, run.windows.tokens, sink=sink, done=done
+            )
         _write_rest(run, journal, plan, choice, cost)
         run.check_unchanged(journal)
         journal.add("files", {})
@@ -262,30 +290,6 @@ def _find_weights(plan: Plan, folder: Path | None) -> None:
     for number, cut in enumerate(plan.blocks):
         names, blocks = list(cut.weights), len(plan.blocks)
         cut.weights = hf.stored_weights(folder, plan, number, blocks, names) if folder else {}
-
-
-def _model_folder(journal: Journal) -> Path:
-    """Where the model's files are: still in the work folder, or under their name already."""
-    return journal.model if any(journal.model.glob("*")) else journal.out
-
-
-def _cut_file(journal: Journal, source: int) -> Path:
-    return journal.folder / f"cut-{source:05d}.safetensors"
-
-
-def _finished_blocks(journal: Journal, plan: Plan, layers: list[int]) -> dict[int, BlockCut]:
-    from safetensors.torch import load_file
-
-    done: dict[int, BlockCut] = {}
-    for entry in journal.entries:
-        if entry["kind"] == "block":
-            source = entry["value"]["source"]
-            tensors = load_file(_cut_file(journal, source))
-            cut = BlockCut.of(source, tensors, entry["value"]["notes"])
-            number, new = layers.index(source), entry["value"]["new_weights"]
-            cut.weights = hf.stored_weights(_model_folder(journal), plan, number, len(layers), new)
-            done[source] = cut
-    return done
 
 
 def _write_rest(

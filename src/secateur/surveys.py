@@ -1,4 +1,4 @@
-"""A look at every block by gradients, before it is known what each shall lose."""
+"""A look at every block, uncut, before it is known what each shall lose."""
 
 from __future__ import annotations
 
@@ -57,6 +57,39 @@ def by_gradients(
     )
     progress.finish()
     return {layer: found[layer] for layer in wanted}
+
+
+def by_statistics(
+    stream: Stream,
+    method: Method,
+    tokens: torch.Tensor,
+    layers: Sequence[int],
+    look: Callable[..., tuple[Block, torch.Tensor | None]],
+    progress: Progress,
+) -> dict[int, Any]:
+    """What the method remembers of each block, from statistics of its signals.
+
+    Args:
+        tokens: (windows, length).
+        layers: blocks that are left.
+        look: makes a method's view of a block from its number, the block and what goes into it, and
+            gives what comes out besides.
+
+    Returns:
+        the method's answers by block; nothing else is kept.
+    """
+    found: dict[int, Any] = {}
+    layers = list(method.surveyed(layers))
+    progress.stage("survey", len(layers))
+    hidden = stream.embed(tokens) if method.signals(stream.anatomy) else None
+    for layer in layers:
+        with stream.block(layer) as module:
+            block, hidden = look(layer, module, hidden)
+            with finite_statistics(layer):
+                found[layer] = method.survey(block)
+        progress.step(f"block {layer}")
+    progress.finish()
+    return found
 
 
 @contextmanager

@@ -19,12 +19,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from secateur import errors
-from secateur.errors import OutputError, SecateurError
+from secateur.errors import SecateurError, WorkerDied
 
 #: Environment variable with the asking process's number.
 ASKING = "SECATEUR_ASKING"
 #: Seconds between two looks at whether that process is still there.
 LOOK_EVERY = 0.2
+#: Environment variables that say how many threads the libraries below torch have.
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 class Worker:
@@ -33,10 +35,13 @@ class Worker:
     Args:
         module: what to run; it calls :func:`serve`.
         what: what it does, for the message should it die.
+        threads: of its libraries; None for as many as this process has.
         environment: variables for it where the user has set none of that name.
     """
 
-    def __init__(self, module: str, what: str, **environment: str) -> None:
+    def __init__(
+        self, module: str, what: str, threads: int | None = None, /, **environment: str
+    ) -> None:
         self._what = what
         # Not a pipe, which would have to be read all the time.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115
@@ -51,6 +56,7 @@ class Worker:
                 **environment,
                 **os.environ,
                 "GGML_NO_BACKTRACE": "1",
+                **({} if threads is None else dict.fromkeys(THREADS, str(threads))),
                 ASKING: str(os.getpid()),
             },
         )
@@ -59,9 +65,14 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
+        self.close()
         self._process.communicate()
         self._stderr.close()
+
+    def close(self) -> None:
+        """End the process, whatever it is doing; another thread may be waiting for its answer."""
+        self._process.kill()
+        self._process.wait()
 
     def ask(self, task: str, told: Callable[[Any], None] | None = None, **arguments: Any) -> Any:
         """The answer to one task.
@@ -71,7 +82,7 @@ class Worker:
 
         Raises:
             SecateurError: the one that the process sent instead.
-            OutputError: the process died.
+            WorkerDied: the process died.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -84,7 +95,7 @@ class Worker:
                     told(answer["told"])
                 answer = self._answer()
         except BrokenPipeError as error:
-            raise OutputError(self._last_words()) from error
+            raise WorkerDied(self._last_words()) from error
         if "error" in answer:
             raise getattr(errors, answer["kind"])(answer["error"])
         return answer["value"]

@@ -9,6 +9,7 @@ import typer
 
 from secateur.cli.options import (
     Calibration,
+    Cluster,
     DataDir,
     Device,
     Dtype,
@@ -23,6 +24,7 @@ from secateur.cli.options import (
     Structure,
     TextField,
     Trust,
+    Workers,
     recipe_fields,
 )
 from secateur.cli.tables import print_table
@@ -89,6 +91,8 @@ def compare(
     keep: Annotated[bool, typer.Option("--keep", help="let the models stay in OUT/models")] = False,
     device: Device = "cpu",
     max_memory: MaxMemory = None,
+    workers: Workers = None,
+    cluster: Cluster = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Prune a model in several ways and lay the results side by side.
@@ -119,6 +123,8 @@ def compare(
         keep=keep,
         device=device,
         max_memory=max_memory,
+        workers=workers,
+        cluster=cluster,
         trust_remote_code=trust_remote_code,
         progress=for_terminal(),
         **recipe_fields(

@@ -79,6 +79,20 @@ Device = Annotated[str, typer.Option(help="where blocks run: cpu, cuda, cuda:1, 
 MaxMemory = Annotated[
     str | None, typer.Option(help="refuse to start if the estimate is above this: 4GB")
 ]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        help="processes at a time, which share out threads and --max-memory [1; on a cluster, one "
+        "a node]",
+    ),
+]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        help="spread the work over a Ray: ray (the one of RAY_ADDRESS, or else one that is started "
+        "here), or ray://HOST:PORT; all nodes must see the same files"
+    ),
+]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="run Python code that lies in the checkpoint")
 ]

@@ -10,6 +10,7 @@ import typer
 from secateur.cli.options import (
     Allocation,
     Calibration,
+    Cluster,
     DataDir,
     Device,
     Dtype,
@@ -34,6 +35,7 @@ from secateur.cli.options import (
     TextField,
     Then,
     Trust,
+    Workers,
     recipe_of,
 )  # fmt: skip
 from secateur.cli.tables import print_blocks, print_result
@@ -72,6 +74,8 @@ def prune(
     ] = None,
     device: Device = "cpu",
     max_memory: MaxMemory = None,
+    workers: Workers = None,
+    cluster: Cluster = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Prune a model and write a folder, or a GGUF file, that opens.
@@ -96,6 +100,8 @@ def prune(
         weights=weights,
         device=device,
         max_memory=max_memory,
+        workers=workers,
+        cluster=cluster,
         trust_remote_code=trust_remote_code,
         progress=for_terminal(),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from secateur.comparison.folder import DENSE, Folder
 from secateur.comparison.formats import protocols, write_tables
 from secateur.comparison.table import Table, make_table
 from secateur.errors import SecateurError, one_line
+from secateur.executors import Asked, Executor, Pool, opened_executor
 from secateur.progress import Progress
 from secateur.workers import Worker
 
+#: Takes what a process tells of its progress, see :class:`secateur.comparison.worker.Told`.
+Told = Callable[[Mapping[str, Any]], None]
 #: Seconds between two notes of how long a cell has been at work.
 NOTE_EVERY = 1.0
 
@@ -58,6 +62,8 @@ def compare(
     keep: bool = False,
     device: str = "cpu",
     max_memory: str | None = None,
+    workers: int | None = None,
+    cluster: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     **fields: Any,
@@ -81,6 +87,8 @@ def compare(
         window_length: tokens a window; capped at the model's positions.
         keep: let the models stay in ``out/models``.
         device, max_memory, trust_remote_code: as for :func:`secateur.prune`.
+        workers, cluster: cells that are made and measured at a time, and where; they share out the
+            threads and ``max_memory``, and seconds are those of cells that had others beside them.
 
     Raises:
         SecateurError: for everything that a user can mend before any cell is run, or that spoils
@@ -96,17 +104,21 @@ def compare(
     with Folder(local_path(out), local_path(source)) as folder:
         for cell in cells:
             folder.check(cell)
-        run = _Run(
-            str(source),
-            folder,
-            cells,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            progress=progress or Progress(),
-        )
-        run.dense(list(dict.fromkeys([BUILTIN, *texts])), reading)
-        for cell in cells:
-            run.cell(cell, reading, keep=keep, max_memory=max_memory)
+        with opened_executor(workers, cluster) as executor:
+            run = _Run(
+                str(source),
+                folder,
+                cells,
+                reading,
+                keep=keep,
+                max_memory=max_memory,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                progress=progress or Progress(),
+                executor=executor,
+            )
+            run.dense(list(dict.fromkeys([BUILTIN, *texts])))
+            run.all_cells()
         folder.tidy()
         return run.finished(keep)
 
@@ -119,36 +131,45 @@ class _Run:
         source: str,
         folder: Folder,
         cells: list[Cell],
+        reading: Mapping[str, Any],
         *,
+        keep: bool,
+        max_memory: str | None,
         device: str,
         trust_remote_code: bool,
         progress: Progress,
+        executor: Executor | None,
     ) -> None:
         self.source = source
         self.folder = folder
         self.cells = cells
+        self.reading = reading
+        self.keep = keep
+        self.max_memory = max_memory
+        self.executor = executor
         self.common: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
         self.progress = progress
         self.settings: dict[str, Any] = {}
         self.results: dict[str, dict[str, Any]] = {}
-        self.place = 0
+        #: What is being done for cells that are made side by side, for the one line that shows it.
+        self.at_work: dict[str, str] = {}
         for cell in cells:
             found = folder.find(cell.name)
             if found is not None and "failed" not in found:
                 self.results[cell.name] = found
 
-    def dense(self, texts: list[str], reading: Mapping[str, Any]) -> None:
+    def dense(self, texts: list[str]) -> None:
         """Look at the source and the texts, and measure the dense model unless it is known."""
         with self._worker("the dense model") as worker:
             self.settings = worker.ask(
-                "look", source=self.source, texts=texts, **self.common, **reading
+                "look", source=self.source, texts=texts, **self.common, **self.reading
             )
             self.folder.agree(self.settings)
             found = self.folder.find(DENSE)
             if found is None:
                 self.progress.note(f"dense: {self.source}")
                 began = time.monotonic()
-                perplexity = self._evaluate(worker, self.source, "dense", reading)
+                perplexity = self._evaluate(worker, self.source, self._shown("dense"))
                 found = {"perplexity": perplexity, "wall": time.monotonic() - began}
                 self.folder.keep(DENSE, found)
         self.results[DENSE] = found
@@ -156,22 +177,48 @@ class _Run:
         if known:
             self.progress.note(f"continuing: {known} of {len(self.cells)} cells are finished")
 
-    def cell(
-        self, cell: Cell, reading: Mapping[str, Any], *, keep: bool, max_memory: str | None
-    ) -> None:
-        """Make and measure one cell, unless it is finished; write the tables anew."""
-        self.place += 1
-        if cell.name in self.results:
+    def all_cells(self) -> None:
+        """Make and measure those that are not finished; the tables are written anew after each."""
+        ahead = [cell for cell in self.cells if cell.name not in self.results]
+        if self.executor is None:
+            for cell in ahead:
+                self._take(cell, self._made(cell, self._shown(self._who(cell))))
             return
+        workers, progress = self.executor.workers, self.progress
+        progress.stage(f"cells, {workers} at a time", len(ahead))
+        idle = lambda: progress.step("; ".join(self.at_work.values()), steps=0)  # noqa: E731
+        with Pool(workers, self._beside, end=self.executor.close, idle=idle) as pool:
+            for cell in ahead:
+                pool.give(cell)
+            for cell, result in pool.rest():
+                self.at_work.pop(cell.name, None)
+                self._take(cell, result)
+                progress.step(cell.label)
+        progress.finish()
+
+    def _beside(self, cell: Cell) -> dict[str, Any]:
+        """One cell in a thread: what its process tells is noted, and shown by the main thread."""
+
+        def told(event: Mapping[str, Any]) -> None:
+            done = f"{event['done']}/{event['total']}"
+            self.at_work[cell.name] = f"{cell.label} {cell.asked}: {event['stage']} {done}"
+
+        return self._made(cell, told)
+
+    def _made(self, cell: Cell, told: Told) -> dict[str, Any]:
+        """What is known of a cell when it is finished, or why it failed."""
         self.folder.write_recipe(cell)
         began = time.monotonic()
         try:
-            measured = self._measured(cell, reading, keep=keep, max_memory=max_memory)
+            measured = self._measured(cell, told)
         except SecateurError as error:
+            return {"failed": one_line(error)[0]}
+        return {**measured, "wall": time.monotonic() - began}
+
+    def _take(self, cell: Cell, result: Mapping[str, Any]) -> None:
+        """Remember a finished cell."""
+        if "failed" in result and self.executor is None:
             self.progress.finish()
-            result: dict[str, Any] = {"failed": one_line(error)[0]}
-        else:
-            result = {**measured, "wall": time.monotonic() - began}
         result = {
             "label": cell.label,
             "asked": cell.asked,
@@ -184,19 +231,21 @@ class _Run:
         self.write()
         self.progress.note(self._line(cell, result))
 
-    def _measured(
-        self, cell: Cell, reading: Mapping[str, Any], *, keep: bool, max_memory: str | None
-    ) -> dict[str, Any]:
-        who = f"[{self.place}/{len(self.cells)}] {cell.label}, {cell.asked}"
-        if len({one.recipe.seed for one in self.cells}) > 1:
-            who += f", seed {cell.recipe.seed}"
-        model = self.folder.model(cell)
-        with self._worker(who) as worker:
+    def _place(self, cell: Cell) -> str:
+        return f"[{self.cells.index(cell) + 1}/{len(self.cells)}] {cell.label}, {cell.asked}"
+
+    def _who(self, cell: Cell) -> str:
+        several = len({one.recipe.seed for one in self.cells}) > 1
+        return self._place(cell) + (f", seed {cell.recipe.seed}" if several else "")
+
+    def _measured(self, cell: Cell, told: Told) -> dict[str, Any]:
+        model, keep = self.folder.model(cell), self.keep
+        with self._worker(self._who(cell)) as worker:
             piece = self.folder.piece(cell.name)
             pruned = piece.get("pruned") if piece.get("keep") == keep else None
             if pruned is None or not model.is_dir():
-                pruned = self._pruned(worker, cell, who, keep=keep, max_memory=max_memory)
-            perplexity = self._evaluate(worker, str(model), who, reading)
+                pruned = self._pruned(worker, cell, told)
+            perplexity = self._evaluate(worker, str(model), told)
             if keep:
                 both = {t: (self.results[DENSE]["perplexity"][t], v) for t, v in perplexity.items()}
                 protocol = " ".join(protocols(self.settings))
@@ -207,9 +256,7 @@ class _Run:
             self.folder.drop(cell)
         return {**pruned, "perplexity": perplexity}
 
-    def _pruned(
-        self, worker: Worker, cell: Cell, who: str, *, keep: bool, max_memory: str | None
-    ) -> dict[str, Any]:
+    def _pruned(self, worker: Asked, cell: Cell, told: Told) -> dict[str, Any]:
         """The cell's model, written; with the time and memory of earlier runs that were killed."""
         model = self.folder.model(cell)
         if not work_folder(model).is_dir():
@@ -221,6 +268,7 @@ class _Run:
 
         def note(event: Mapping[str, Any]) -> None:
             nonlocal noted, most
+            told(event)
             most = max(most, event["memory"])
             now = time.monotonic()
             if now - noted >= NOTE_EVERY:
@@ -231,35 +279,33 @@ class _Run:
 
         pruned = worker.ask(
             "prune",
-            told=self._shown(who, note),
+            told=note,
             source=self.source,
             out=str(model),
             recipe=json.loads(cell.recipe.model_dump_json()),
-            max_memory=max_memory,
-            verify=keep,
+            max_memory=self.max_memory,
+            verify=self.keep,
+            beside=1 if self.executor is None else self.executor.on_one_machine,
             **self.common,
         )
         pruned["continued"] = bool(earlier)
         pruned["seconds"] += before
         pruned["peak_memory"] = max(pruned["peak_memory"], most)
-        self.folder.note_piece(cell.name, {"pruned": pruned, "keep": keep})
+        self.folder.note_piece(cell.name, {"pruned": pruned, "keep": self.keep})
         return dict(pruned)
 
-    def _evaluate(
-        self, worker: Worker, model: str, who: str, reading: Mapping[str, Any]
-    ) -> dict[str, float]:
+    def _evaluate(self, worker: Asked, model: str, told: Told) -> dict[str, float]:
         texts = {k: v["tokens_sha256"] for k, v in self.settings["evaluation"].items()}
         found: dict[str, float] = worker.ask(
-            "evaluate", told=self._shown(who), model=model, texts=texts, **self.common, **reading
+            "evaluate", told=told, model=model, texts=texts, **self.common, **self.reading
         )
         return found
 
-    def _worker(self, what: str) -> Worker:
-        return Worker("secateur.comparison.worker", f"the process of {what}")
+    def _worker(self, what: str) -> AbstractContextManager[Asked]:
+        module, what = "secateur.comparison.worker", f"the process of {what}"
+        return self.executor.working(module, what) if self.executor else Worker(module, what)
 
-    def _shown(
-        self, who: str, note: Callable[[Mapping[str, Any]], None] | None = None
-    ) -> Callable[[Mapping[str, Any]], None]:
+    def _shown(self, who: str) -> Told:
         """Shows what a process tells of its stages as our own."""
         progress = self.progress
 
@@ -271,15 +317,12 @@ class _Run:
                 progress.stage(f"{who}: {event['stage']}", event["total"])
             else:
                 progress.step(event["detail"])
-            if note is not None:
-                note(event)
 
         return told
 
     def _line(self, cell: Cell, result: Mapping[str, Any]) -> str:
         """What a finished cell says, and how long the rest will take."""
-        parts = [f"[{self.place}/{len(self.cells)}] {cell.label}, {cell.asked}"]
-        parts.append(f"seed {cell.recipe.seed}")
+        parts = [self._place(cell), f"seed {cell.recipe.seed}"]
         if "failed" in result:
             parts.append(f"failed: {result['failed']}")
         else:
@@ -301,7 +344,8 @@ class _Run:
         ahead = [cell for cell in self.cells if cell.name not in self.results]
         if not every or not ahead:
             return None
-        return sum(_mean(spent.get(cell.label, every)) for cell in ahead)
+        alone = sum(_mean(spent.get(cell.label, every)) for cell in ahead)
+        return alone / (self.executor.workers if self.executor else 1)
 
     def write(self) -> Table:
         """The tables and the page, of what is known so far."""

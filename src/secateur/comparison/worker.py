@@ -111,8 +111,12 @@ class Maker:
         trust_remote_code: bool,
         verify: bool,
         tell: Tell,
+        beside: int = 1,
     ) -> dict[str, Any]:
         """Make one model.
+
+        Args:
+            beside: models that are made at a time and share ``max_memory``.
 
         Returns:
             shares from the plan, seconds and peak memory of this process, and the plan by block.
@@ -136,6 +140,7 @@ class Maker:
                 trust_remote_code=trust_remote_code,
                 progress=progress,
                 verify=verify,
+                beside=beside,
             )
         seconds = time.perf_counter() - began - progress.seconds.pop(VERIFYING, 0.0)
         self._facts = result.facts

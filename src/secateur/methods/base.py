@@ -61,6 +61,7 @@ class Block:
         units: units to lose by linear layer, where :class:`Share` names them.
         gradients: of the loss by the weight of each linear layer, (p, q), call after call, in a
             survey by gradients (:attr:`Method.survey_by`). Each can be looked at once.
+        prepared: what :meth:`Method.prepare` said of the block, where it was asked first.
     """
 
     source: int
@@ -74,6 +75,7 @@ class Block:
     lose: Mapping[str, int] = field(default_factory=dict)
     units: Mapping[str, Sequence[int]] = field(default_factory=dict)
     gradients: Iterator[dict[str, torch.Tensor]] = field(default_factory=lambda: iter(()))
+    prepared: Any = None
 
 
 class AnyMethod(ABC):
@@ -238,6 +240,13 @@ class Method(AnyMethod):
     def cuts_every_block(self) -> bool:
         """Whether blocks that shall lose nothing are cut too, and so need statistics."""
         return False
+
+    def prepare(self, block: Block) -> Any:
+        """The part of :meth:`cut` that does not depend on the quota, for :attr:`Block.prepared`.
+
+        Blocks that are worked on side by side get this far by themselves, also where each has to
+        wait for the miss of the one before it (:attr:`carries`).
+        """
 
     @abstractmethod
     def cut(self, block: Block, quota: int) -> BlockCut:

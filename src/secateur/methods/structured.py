@@ -142,16 +142,25 @@ class Structured(Units):
                 return lost
         return self._legal(anatomy, heads)[-1]
 
+    def prepare(self, block: Block) -> dict[str, Removal]:
+        """The order of removal and its costs, for each layer that loses inputs."""
+        anatomy = block.anatomy
+        return {
+            name: self.removal(
+                block, name, group_width(anatomy) if self._in_groups(anatomy, name) else 1
+            )
+            for name in self._denses(anatomy)
+        }
+
     def cut(self, block: Block, quota: int) -> BlockCut:
         """COMP's Algorithm 1 on one block: a common threshold, raised until the quota is met."""
         anatomy = block.anatomy
         if quota <= 0:
             return BlockCut(block.source)
-        removals: dict[str, Removal] = {}
+        removals = self.prepare(block) if block.prepared is None else block.prepared
         curves: dict[str, Curve] = {}
         for name in self._denses(anatomy):
             whole = self._in_groups(anatomy, name)
-            removals[name] = self.removal(block, name, group_width(anatomy) if whole else 1)
             lost = self._heads_lost(anatomy, quota) if whole else None
             curves[name] = (
                 Curve((lost,), (math.inf,))

@@ -47,7 +47,14 @@ class RotationRun(Opened):
         trust_remote_code: bool,
         progress: Progress,
         target: Target | None = None,
+        beside: int = 1,
+        spreads: bool = False,
     ) -> None:
+        if spreads:
+            raise RecipeError(
+                f"method {recipe.method} turns the stream of the whole model, block after block, "
+                "so blocks cannot be cut side by side: leave out --workers and --cluster"
+            )
         if target is not None and target.kind == "gguf":
             raise OutputError(
                 f"a GGUF file cannot hold what method {recipe.method} makes: llama.cpp has no "
@@ -90,7 +97,7 @@ class RotationRun(Opened):
         self.memory = parse_limit(max_memory) if max_memory else None
         self.estimate = self._estimate()
         progress.note(self.estimate.text())
-        check_memory(self.estimate, max_memory)
+        check_memory(self.estimate, max_memory, beside=beside)
         self.windows = self._calibrate()
 
     def _width(self) -> Slice:
