@@ -130,7 +130,7 @@ def verify(
             length=512,
             progress=progress,
         )
-    trust = trust_remote_code or _brings_only_our_code(checkpoint)
+    trust = trust_remote_code or brings_only_our_code(checkpoint)
     stream = Stream(other)
     plan = None if against is None else plan_of(checkpoint, stream)
     progress.stage("reopening in a fresh process", 1)
@@ -145,7 +145,7 @@ def verify(
     return found
 
 
-def _brings_only_our_code(checkpoint: Checkpoint) -> bool:
+def brings_only_our_code(checkpoint: Checkpoint) -> bool:
     """Whether transformers may run the code of a pruned folder; stock models need none.
 
     Raises:
