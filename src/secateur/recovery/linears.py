@@ -40,7 +40,9 @@ class Placed(nn.Module):
 def open_linears(model: Any, anatomy: Anatomy) -> dict[str, nn.Linear]:
     """The decoder's linear layers by number of block and path, such as ``3.mlp.up_proj``.
 
-    Layers that read or write through an index are replaced in ``model`` by :class:`Placed`.
+    Layers that read or write through an index are replaced in ``model`` by :class:`Placed`. Layers
+    whose weights the model reads without calling them (``dt_proj`` of Mamba) are left out: an
+    adapter there would do nothing.
     """
     blocks = model.get_submodule(anatomy.family.blocks)
     found: dict[str, nn.Linear] = {}
@@ -53,7 +55,23 @@ def open_linears(model: Any, anatomy: Anatomy) -> dict[str, nn.Linear]:
                 found[f"{number}.{path}.linear"] = placed.linear
             else:
                 found[f"{number}.{path}"] = layer
-    return found
+    called = _called(model, found)
+    return {name: layer for name, layer in found.items() if name in called}
+
+
+def _called(model: Any, layers: dict[str, nn.Linear]) -> set[str]:
+    """Names of the layers that take part as modules when the model runs."""
+    seen: set[str] = set()
+    hooks = [
+        layer.register_forward_pre_hook(lambda *_, name=name: seen.add(name))
+        for name, layer in layers.items()
+    ]
+    tokens = torch.zeros(1, 8, dtype=torch.int64, device=next(iter(layers.values())).weight.device)
+    with torch.no_grad():
+        model(input_ids=tokens, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen
 
 
 def put(owner: nn.Module, path: str, layer: nn.Module) -> None:

@@ -44,9 +44,8 @@ class Lora:
             target_modules=list(linears),
             lora_dropout=0.0,
         )
-        # Into the list of blocks, not the model: peft would go by the model's type and leave out
-        # layers that fused kernels of its family pass by; here no layer is passed by, or the
-        # training says so.
+        # Into the list of blocks, not the model: peft would refuse layers by the model's type that
+        # fused kernels of its family may pass by; the layers here have been seen taking part.
         blocks = model.get_submodule(anatomy.family.blocks)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
