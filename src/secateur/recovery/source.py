@@ -12,6 +12,7 @@ from secateur.checkpoint.packed import PACKED_TYPE
 from secateur.errors import MemoryLimitError, SourceError
 from secateur.estimate import BASE
 from secateur.outputs.hf import RECORD
+from secateur.outputs.record import healed_text, record_of
 from secateur.streaming import Stream
 
 
@@ -44,7 +45,12 @@ def open_pruned(source: str | Path, *, trust_remote_code: bool = False) -> Prune
             f"source {source} was not written by secateur prune (it has no {RECORD}): prune the "
             "model into a folder first, then heal that"
         )
-    check_not_healed(record, source)
+    healed = healed_text(record)
+    if healed is not None:
+        raise SourceError(
+            f"source {source} has been healed already ({healed}): heal the pruned folder that it "
+            "was made from, with more --steps"
+        )
     zeros = int(record.get("reached", {}).get("zeros", 0))
     if zeros:
         raise SourceError(
@@ -67,15 +73,6 @@ def open_pruned(source: str | Path, *, trust_remote_code: bool = False) -> Prune
     return Pruned(checkpoint, Stream(checkpoint), record)
 
 
-def record_of(folder: Path) -> dict[str, Any] | None:
-    """What ``secateur.json`` says, if there is one that can be read."""
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) and "plan" in record else None
-
-
 def raw_config(folder: Path) -> dict[str, Any]:
     """The folder's config as it stands there; empty where none can be read."""
     try:
@@ -83,25 +80,6 @@ def raw_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):  # opening the folder says what is wrong
         return {}
     return raw if isinstance(raw, dict) else {}
-
-
-def check_not_healed(record: dict[str, Any], source: str | Path) -> None:
-    """Raises:
-    SourceError: the folder is the output of ``heal``.
-    """
-    if "healed" in record:
-        raise SourceError(
-            f"source {source} has been healed already ({healed_text(record)}): heal the pruned "
-            "folder that it was made from, with more --steps"
-        )
-
-
-def healed_text(record: dict[str, Any]) -> str:
-    """How a model was healed, in a few words."""
-    healed = record["healed"]
-    settings, text = healed["settings"], healed["text"]
-    tokens = healed["steps"] * settings["batch"] * settings["length"]
-    return f"{settings['method']}, {healed['steps']} steps, {tokens:,} tokens of {text['origin']}"
 
 
 def check_fits(stream: Stream, free: int | None = None) -> None:
