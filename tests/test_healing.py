@@ -16,7 +16,6 @@ import torch
 import yaml
 from commands import secateur
 from folders import bytes_of
-from safetensors.torch import load_file
 from test_exporting import write_source
 
 import secateur as library
