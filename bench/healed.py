@@ -3,9 +3,9 @@
     python bench/healed.py MODEL --data-dir DATA --out DIR [--steps 138] [--limit 200]
 
 Healed models are trained ones, which is why they have a table of their own. Each row of
-DIR/rows.jsonl is one model, pruned or healed; models and rows that are there are skipped, so the run
-can be killed and repeated. At the end it prints the table, and with cyllama tokens per second of
-one method's model at f16 and at q4_1, pruned and healed group-wise, measured in turn.
+DIR/rows.jsonl is one model, pruned or healed; models and rows that are there are skipped, so that
+the run can be killed and repeated. At the end it prints the table, and with cyllama tokens per
+second of one method's model at f16 and at q4_1, pruned and healed group-wise, measured in turn.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Lora:
         linears = open_linears(model, anatomy)
         config = LoraConfig(
             r=settings.rank,
-            lora_alpha=SCALING * settings.rank,  # type: ignore[arg-type]  # any number will do
+            lora_alpha=SCALING * settings.rank,
             target_modules=list(linears),
             lora_dropout=0.0,
         )
