@@ -198,6 +198,8 @@ def plan_of(checkpoint: Checkpoint, source: Stream) -> Plan:
         own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         cut = BlockCut.of(block, own, {})
         new = record["plan"]["blocks"][number].get("new_weights", [])
+        if "healed" in record:  # trained on from the scaled weights: the scales are in them
+            cut.scales = {k: v for k, v in cut.scales.items() if k not in new}
         cut.weights = stored_weights(checkpoint.folder, plan, number, len(kept), new)
         plan.blocks.append(cut)
     plan.check()
