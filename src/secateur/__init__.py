@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from secateur.plans import Plan
     from secateur.pruning import prune
     from secateur.recipe import Recipe, load_recipe
+    from secateur.recovery import heal
     from secateur.semi_structured import semi_structured
 
 try:
@@ -36,6 +37,7 @@ _HOMES = {
     "compare": ("secateur.comparison.run", "compare"),
     "evaluate": ("secateur.evaluation", "evaluate"),
     "export": ("secateur.exporting", "export"),
+    "heal": ("secateur.recovery", "heal"),
     "load_recipe": ("secateur.recipe", "load_recipe"),
     "open_model": ("secateur.checkpoint", "open_checkpoint"),
     "plan": ("secateur.pipeline", "make_plan"),
@@ -52,6 +54,7 @@ __all__ = [
     "compare",
     "evaluate",
     "export",
+    "heal",
     "load_recipe",
     "open_model",
     "plan",

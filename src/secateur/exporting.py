@@ -130,7 +130,7 @@ def verify(
             length=512,
             progress=progress,
         )
-    trust = trust_remote_code or _brings_only_our_code(checkpoint)
+    trust = trust_remote_code or brings_only_our_code(checkpoint)
     stream = Stream(other)
     plan = None if against is None else plan_of(checkpoint, stream)
     progress.stage("reopening in a fresh process", 1)
@@ -145,7 +145,7 @@ def verify(
     return found
 
 
-def _brings_only_our_code(checkpoint: Checkpoint) -> bool:
+def brings_only_our_code(checkpoint: Checkpoint) -> bool:
     """Whether transformers may run the code of a pruned folder; stock models need none.
 
     Raises:
@@ -198,6 +198,8 @@ def plan_of(checkpoint: Checkpoint, source: Stream) -> Plan:
         own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         cut = BlockCut.of(block, own, {})
         new = record["plan"]["blocks"][number].get("new_weights", [])
+        if "healed" in record:  # trained on from the scaled weights: the scales are in them
+            cut.scales = {k: v for k, v in cut.scales.items() if k not in new}
         cut.weights = stored_weights(checkpoint.folder, plan, number, len(kept), new)
         plan.blocks.append(cut)
     plan.check()

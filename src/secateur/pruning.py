@@ -103,7 +103,7 @@ def prune(
     spread = spreads(workers, cluster)
     with PeakMemory() as memory, ExitStack() as stack:
         drop_waste(place)
-        finished = _moved_but_not_cleaned(place)
+        finished = moved_but_not_cleaned(place)
         if not finished:
             check_output(place, local_path(source), file=target.kind == "gguf")
         run = open_run(
@@ -334,7 +334,7 @@ def _verified(run: Run | RotationRun, journal: Journal, plan: Plan) -> Verificat
     return verification
 
 
-def _moved_but_not_cleaned(target: Path) -> bool:
+def moved_but_not_cleaned(target: Path) -> bool:
     """Killed between giving the result its name and dropping the work folder."""
     work = work_folder(target)
     if target.suffix == ".gguf":

@@ -96,9 +96,8 @@ def waste_folder(out: Path) -> Path:
 def drop_waste(out: Path) -> None:
     """Remove what a kill at the very end left; a folder of the user's by that name stays."""
     waste = waste_folder(out)
-    ours = re.compile(
-        rf"\.?(model|{LOCK}|{re.escape(JOURNAL)}|(cut|inputs)-\d+\.safetensors)(\.tmp)?"
-    )
+    names = rf"model|{LOCK}|{re.escape(JOURNAL)}|((cut|inputs)-\d+|training)\.safetensors"
+    ours = re.compile(rf"\.?({names})(\.tmp)?")
     if waste.is_dir() and all(ours.fullmatch(path.name) for path in waste.iterdir()):
         shutil.rmtree(waste, ignore_errors=True)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from secateur.cli import comparing, look, outputs, prune
+from secateur.cli import comparing, healing, look, outputs, prune
 from secateur.errors import INTERRUPTED, one_line
 
 app = typer.Typer(
@@ -44,6 +44,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "export": outputs.export,
     "verify": outputs.verify,
     "bench": outputs.bench,
+    "heal": healing.heal,
     "demo": prune.demo,
 }
 for _name, _command in _COMMANDS.items():
