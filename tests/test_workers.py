@@ -426,7 +426,7 @@ def test_threads_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
 class NoRay:
     """As much of Ray as is used, in this process: an answer is there as soon as it is asked for."""
 
-    class exceptions:  # noqa: N801, as in Ray
+    class exceptions:
         class RayError(Exception):
             pass
 
