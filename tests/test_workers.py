@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -28,7 +29,7 @@ from secateur import executors, pruning
 from secateur.block_worker import BlockWorker
 from secateur.errors import MemoryLimitError, OutputError, RecipeError, WorkerDied
 from secateur.estimate import Estimate, check_memory, check_workers
-from secateur.executors import Executor, Pool, opened_executor
+from secateur.executors import Executor, Pool, on_ray, opened_executor
 from secateur.methods import Share
 from secateur.progress import Progress
 from secateur.pruning import prune
@@ -419,6 +420,116 @@ def test_threads_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert executors.base.shared_out(16, 3) == 5
 
 
+# ---- on Ray, without one -----------------------------------------------------------------------
+
+
+class NoRay:
+    """As much of Ray as is used, in this process: an answer is there as soon as it is asked for."""
+
+    class exceptions:
+        class RayError(Exception):
+            pass
+
+    def __init__(self, *, failures: int = 0, nodes: int = 1, cores: int = 2) -> None:
+        self.failures = failures
+        self.starts: list[dict[str, Any]] = []
+        self.ended = 0
+        self._nodes, self._cores = nodes, cores
+
+    def init(self, **settings: Any) -> None:
+        self.starts.append(settings)
+        if len(self.starts) <= self.failures:
+            raise ConnectionError("nobody there.\nAnd more.")
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def shutdown(self) -> None:
+        self.ended += 1
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True}] * self._nodes + [{"Alive": False}]
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": float(self._cores)}
+
+    def remote(self, kind: Any) -> Any:
+        def start(*arguments: Any) -> Any:
+            held = kind(*arguments)
+            return SimpleNamespace(
+                **{name: SimpleNamespace(remote=getattr(held, name)) for name in ("ask", "news")}
+            )
+
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=start))
+
+    def wait(self, answers: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        return answers, []
+
+    def get(self, answer: Any) -> Any:
+        return answer
+
+    def kill(self, actor: Any, no_restart: bool) -> None:
+        pass
+
+
+def no_ray(monkeypatch: pytest.MonkeyPatch, **settings: int) -> NoRay:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    made = NoRay(**settings)
+    monkeypatch.setitem(sys.modules, "ray", made)  # type: ignore[arg-type]
+    return made
+
+
+def test_actors_make_the_same_bytes(
+    serial: Any, model_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray, deaths = no_ray(monkeypatch, failures=2), [("cut", 0), ("write", 1)]
+    monkeypatch.setattr(on_ray, "Worker", lambda *_: InThread(deaths))
+    wish, source = recipe("comp-exempt"), model_folder("llama-gqa-tied")
+    prune(source, tmp_path / "out", wish, verify=False, workers=2, cluster="ray")
+    assert deaths == []
+    assert bytes_of(tmp_path / "out") == serial("comp-exempt")
+    assert len(ray.starts) == 3  # two of which came to nothing
+    assert not Path(ray.starts[-1]["_temp_dir"]).exists()
+
+
+def test_a_ray_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_ray(monkeypatch, failures=3)
+    with pytest.raises(OutputError) as raised, opened_executor(2, "ray"):
+        pass
+    assert str(raised.value) == (
+        "Ray does not start on this machine: nobody there. Try again when less goes on here, or "
+        "use --workers without --cluster"
+    )
+
+
+def test_a_ray_that_runs_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = no_ray(monkeypatch, nodes=3, cores=12)
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    with opened_executor(None, "ray") as executor:
+        assert executor is not None
+        assert (executor.workers, executor.machines, executor.on_one_machine) == (3, 3, 1)
+    with opened_executor(5, "ray://other:10001") as executor:
+        assert executor is not None
+        assert (executor.workers, executor.on_one_machine) == (5, 2)
+        assert executor.threads <= 2
+    assert [start["address"] for start in ray.starts] == ["head:6379", "ray://other:10001"]
+    with pytest.raises(RecipeError) as raised, opened_executor(13, "ray"):
+        pass
+    assert str(raised.value) == (
+        "--workers 13 are more than the 12 CPUs of this Ray: use --workers 12"
+    )
+
+
+def test_a_ray_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    no_ray(monkeypatch, failures=1)
+    with pytest.raises(OutputError) as raised, opened_executor(2, "ray://head:10001"):
+        pass
+    assert str(raised.value) == (
+        "no Ray answers at ray://head:10001: nobody there. Start one there with ray start --head, "
+        "or leave the address out"
+    )
+
+
 # ---- real processes ----------------------------------------------------------------------------
 
 
@@ -504,16 +615,13 @@ def test_two_processes_of_a_ray_of_which_one_is_killed(
     """A Ray that is started here, and that ends with the run."""
     pytest.importorskip("ray")
     source, files = deep
-    killer = Killer()
-    prune(
-        source,
-        tmp_path / "out",
-        recipe("comp"),
-        verify=False,
-        workers=2,
-        cluster="ray",
-        progress=killer,
-    )
+    killer, out = Killer(), tmp_path / "out"
+    try:
+        prune(source, out, recipe("comp"), verify=False, workers=2, cluster="ray", progress=killer)
+    except OutputError as error:
+        if "Ray does not start on this machine" not in str(error):
+            raise
+        pytest.skip(str(error))  # it gives its own processes 15 seconds and no more
     assert killer.killed
     assert bytes_of(tmp_path / "out") == files
     names = [process.name() for process in psutil.Process().children(recursive=True)]

@@ -124,7 +124,7 @@ class Blocks:
             SecateurError: a worker's, or that workers die.
         """
         run, progress = self._run, self._run.progress
-        progress.stage(f"cutting blocks, {self._executor.workers} workers", len(self._layers))
+        progress.stage("cutting blocks", len(self._layers))
         progress.step(steps=len(self._done))
         own, progress.memory = progress.memory, self._all_memory
         plan = Plan(run.stream.anatomy, [])

@@ -97,6 +97,7 @@ class OnRay(Executor):
                 )
             except Exception as error:  # of no kind of its own
                 self._ray.shutdown()
+                _end_all(self._folder)
                 shutil.rmtree(self._folder, ignore_errors=True)
                 if attempt == STARTS - 1:
                     raise OutputError(
@@ -191,6 +192,16 @@ class _Remote:
     def close(self) -> None:
         with suppress(Exception):  # it may be gone, and Ray with it
             self._ray.kill(self._actor, no_restart=True)
+
+
+def _end_all(folder: Path) -> None:
+    """End what a start that failed has left: Ray itself does so only when this process ends."""
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if any(str(folder) in word for word in process.cmdline()):
+                process.kill()
 
 
 def _first_line(error: BaseException) -> str:
