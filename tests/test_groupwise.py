@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from secateur.recovery.groupwise import GroupedLinear, Groups, quantise, spread
+from secateur.recovery.groupwise import GroupedLinear, Groups, quantise, spread, stored_form
 from secateur.recovery.settings import SCALING
 
 
@@ -130,14 +130,36 @@ def test_llama_cpps_type_holds_the_folded_weights_exactly(bits: int, kind: str) 
     weight = made.folded().numpy()
     stored = GGMLQuantizationType[kind]
     assert np.array_equal(dequantize(quantize(weight, stored), stored), weight)
-    # The same codes, scales and zero points are found in a folder of float16, for these values:
-    # the least one is a zero point, and the largest is off by less than half a unit of the scale.
-    rounded = weight.astype(np.float16).astype(np.float32)
-    assert not np.array_equal(rounded, weight)
-    assert np.array_equal(quantize(rounded, stored), quantize(weight, stored))
-    # bfloat16 has too few digits for that.
-    coarse = torch.from_numpy(weight).bfloat16().float().numpy()
-    assert not np.array_equal(quantize(coarse, stored), quantize(weight, stored))
+    # Written in narrower types they are only near: least values stay, largest are rounded.
+    step = spread(made.groups.scales, 32, 128).numpy()
+    for narrow, part in ((torch.float16, 0.02), (torch.bfloat16, 0.2)):
+        rounded = torch.from_numpy(weight).to(narrow).float().numpy()
+        assert not np.array_equal(rounded, weight)
+        again = dequantize(quantize(rounded, stored), stored)
+        assert (np.abs(again - weight) / step).max() < part
+
+
+@pytest.mark.parametrize(
+    ("bits", "size", "dtype", "text"),
+    [
+        (
+            4,
+            32,
+            "auto",
+            "same ones: `secateur export FOLDER --out model.gguf --type q4_1`",
+        ),
+        (5, 32, "float32", "--type q5_1`"),
+        (4, 32, "float16", "`--type q4_1` comes near them"),
+        (4, 64, "auto", "`--type q4_1` comes near them"),
+        (8, 32, "auto", "`--type q8_0` comes near them"),
+    ],
+)
+def test_the_card_says_which_file_holds_the_weights(
+    bits: int, size: int, dtype: str, text: str
+) -> None:
+    said = stored_form(bits, size, dtype)
+    assert text in said
+    assert ("very\nsame" in said) == (size == 32 and bits != 8 and dtype != "float16")
 
 
 def test_groups_hold_the_shift_as_float16() -> None:

@@ -536,7 +536,7 @@ def test_folders_that_cannot_be_healed(models: Models, tmp_path: Path) -> None:
     refused(
         zeros,
         f"source {zeros} has {count:,} zeros, which merged adapters would fill: heal a model that "
-        "--remove made smaller, and make zeros afterwards",
+        "--remove alone made smaller",
     )
     packed = tmp_path / "packed"
     library.export(models.per_layer, packed, to="packed")

@@ -58,8 +58,8 @@ def heal(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="type of the written weights: auto (as in DIR, but float32 for groupwise in place "
-            "of bfloat16), float32, float16, bfloat16 [auto]"
+            help="type of the written weights: auto (as in DIR, for groupwise float32), float32, "
+            "float16, bfloat16 [auto]"
         ),
     ] = None,
     save_every: Annotated[

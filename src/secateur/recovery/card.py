@@ -28,7 +28,7 @@ def healed_card(record: dict[str, Any], *, name: str, stock: bool) -> str:
     }
     parameters, decoder = plan["parameters"], plan["decoder_parameters"]
     trust = "" if stock else ", trust_remote_code=True"
-    stored = stored_form(settings["bits"], settings["group"])
+    stored = stored_form(settings["bits"], settings["group"], settings["dtype"])
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).rstrip()}
 ---

@@ -166,19 +166,23 @@ class Groupwise:
         return list(self._layers)
 
 
-def stored_form(bits: int | None, size: int | None) -> str:
-    """How a file holds these weights with so many bits, for the card; empty where none does."""
+def stored_form(bits: int | None, size: int | None, dtype: str = "auto") -> str:
+    """How a file holds these weights with so many bits, for the card; empty where none does.
+
+    Args:
+        dtype: that was asked for; in float32, which auto is, no digit is lost.
+    """
     if bits is None:
         return ""
     kind = EXACT.get(bits)
-    if kind is not None and size == GGUF_BLOCK:
+    if kind is not None and size == GGUF_BLOCK and dtype in ("auto", "float32"):
         return f"""
 Its decoder weights are {bits}-bit numbers written out, so that a file of that size holds the very
 same ones: `secateur export FOLDER --out model.gguf --type {kind}`
 """
     return f"""
-Its decoder weights are {bits}-bit numbers written out, in groups that no type of llama.cpp has:
-`secateur export` with `--type {kind or "q8_0"}` comes near them.
+Its decoder weights are {bits}-bit numbers written out: `secateur export` with
+`--type {kind or "q8_0"}` comes near them, but is not the same.
 """
 
 

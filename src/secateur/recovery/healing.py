@@ -298,12 +298,11 @@ class _Run:
 
 
 def _dtype(settings: HealSettings, source: torch.dtype) -> torch.dtype:
-    """Type of the written weights: the source's, unless quantised ones would be lost in it."""
-    if settings.dtype != "auto":
-        chosen: torch.dtype = getattr(torch, settings.dtype)
-        return chosen
-    few_digits = settings.method == "groupwise" and source == torch.bfloat16
-    return torch.float32 if few_digits else source
+    """Type of the written weights. Quantised ones are found again exactly in float32 alone."""
+    if settings.dtype == "auto":
+        return torch.float32 if settings.method == "groupwise" else source
+    chosen: torch.dtype = getattr(torch, settings.dtype)
+    return chosen
 
 
 def _read(journal: Journal) -> dict[str, torch.Tensor]:

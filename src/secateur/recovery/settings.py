@@ -53,8 +53,7 @@ class HealSettings(BaseModel):
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto",
-        description="type of the written weights; auto: as in the source, but float32 where "
-        "groupwise would lose digits in bfloat16",
+        description="type of the written weights; auto: as in the source, for groupwise float32",
     )
 
     @model_validator(mode="before")

@@ -55,7 +55,7 @@ def open_pruned(source: str | Path, *, trust_remote_code: bool = False) -> Prune
     if zeros:
         raise SourceError(
             f"source {source} has {zeros:,} zeros, which merged adapters would fill: heal a model "
-            "that --remove made smaller, and make zeros afterwards"
+            "that --remove alone made smaller"
         )
     if raw_config(place).get("model_type") == PACKED_TYPE:
         raise SourceError(
