@@ -2,10 +2,11 @@
 
     python bench/kills.py MODEL [--kills 60] [--seed 0] [--cold] [-- PRUNE OPTIONS]
 
-One unbroken run says which stages there are and how long each takes. Then runs are killed: a stage
-is drawn, one of its occurrences, and a moment within it; the same command follows, which may be
-killed again, and the last one must end in the same bytes as the unbroken run, with nothing left
-beside them. Prints a Markdown table of where the kills really fell; exit code 1 if any bytes differ.
+One unbroken run says which stages there are and how long each takes. Then outputs are made under
+kills: most stages in turn, in each at a moment drawn from one of its next occurrences, and each
+time the same command goes on. The last one must end in the same bytes as the unbroken run, with
+nothing left beside them. Prints a Markdown table of where the kills really fell; exit code 1 if any
+bytes differ.
 
 Each run is a fork of a process that has imported everything, or with ``--cold`` a process of its
 own from the interpreter on. The command line, its stages and the signal are the real ones; only
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +33,13 @@ from typing import Any
 
 #: Before the first of the stages below, and between them.
 OPENING = "opening, between stages"
-#: A run is killed again while it recovers from a kill at most so many times.
-CHAIN = 6
+#: Share of the stages in which an output's run is killed, one after the other.
+HIT = 0.85
 #: Small enough for hundreds of runs; whole blocks are chosen too.
-OPTIONS = "--remove 25% --samples 4 --length 16 --set written=0 --set copies=0".split()
+OPTIONS = [
+    "--remove", "25%", "--samples", "4", "--length", "16", "--set", "written=0",
+    "--set", "copies=0",
+]  # fmt: skip
 
 
 # ---- in the process that is killed ---------------------------------------------------------------
@@ -215,16 +219,19 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def draw(stage: str, known: dict[str, list[float]], chance: random.Random) -> Moment:
-    """A moment of this stage, alike in all its occurrences and over each."""
+    """A moment of one of the next occurrences of this stage, alike over its length."""
     if stage == OPENING:
         return Moment(stage, 0, chance.random() * known[OPENING][0])
-    number = chance.randrange(len(known[stage]))
+    number = chance.randrange(1 + len(known[stage]) // 4)
     return Moment(stage, number + 1, chance.random() * known[stage][number])
 
 
-def campaign(
-    model: str, kills: int, seed: int, cold: bool, options: list[str], say: Callable[[str], None]
-) -> bool:
+def say(text: str) -> None:
+    """A sign of life."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def campaign(model: str, kills: int, seed: int, cold: bool, options: list[str]) -> bool:
     """Kill until there were so many kills; print the table. Whether all bytes came out."""
     chance = random.Random(seed)
     fell: dict[str, int] = {}
@@ -244,19 +251,18 @@ def campaign(
         wanted = contents(root / "whole" / "out")
         known = durations(whole.events)
         known[OPENING] = [whole.events[0].time - began]
-        stages = sorted(known)
+        stages = [OPENING, *(stage for stage in known if stage != OPENING)]
         number = 0
         while sum(fell.values()) < kills:
             number += 1
             name, places = f"run{number}", []
-            for _ in range(chance.randint(1, CHAIN)):
-                stage = stages[sum(fell.values()) % len(stages)]
+            for stage in [each for each in stages if chance.random() < HIT]:
                 ended = prune(name, draw(stage, known, chance))
                 if ended.status != -signal.SIGKILL:
                     break  # it was over before
                 places.append(ended.stage)
                 fell[ended.stage] = fell.get(ended.stage, 0) + 1
-            if not (root / name / "out").exists() or (root / name / "out.partial").exists():
+            if [p.name for p in (root / name).iterdir()] != ["out"]:
                 ended = prune(name)
             good = (
                 (root / name / "out").is_dir()
@@ -299,8 +305,8 @@ def main() -> None:
         import secateur.pruning  # noqa: F401
 
         torch.set_num_threads(1)
-    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-    raise SystemExit(0 if campaign(args.model, args.kills, args.seed, args.cold, options, say) else 1)
+    same = campaign(args.model, args.kills, args.seed, args.cold, options)
+    raise SystemExit(0 if same else 1)
 
 
 if __name__ == "__main__":

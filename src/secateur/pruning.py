@@ -11,6 +11,8 @@ from secateur.checkpoint.writer import (
     Journal,
     check_output,
     drop_waste,
+    is_whole,
+    newest_blocks,
     work_folder,
     write_bytes,
     write_json,
@@ -197,14 +199,16 @@ def _write(run: Run, journal: Journal) -> tuple[Plan, LayerChoice, dict[str, flo
         digest = hf.write_block(
             journal.model, plan, cut, state, number=number, blocks=blocks, dtype=run.dtype
         )
-        write_tensors(_cut_file(journal, cut.source), cut.tensors())
+        of_cut = write_tensors(_cut_file(journal, cut.source), cut.tensors())
         new = sorted(cut.weights)
-        entry = {"source": cut.source, "sha256": digest, "notes": cut.notes, "new_weights": new}
-        journal.add("block", entry)
+        journal.add("block", {
+            "source": cut.source, "sha256": digest, "cut_sha256": of_cut, "notes": cut.notes,
+            "new_weights": new,
+        })  # fmt: skip
         cut.weights = hf.stored_weights(journal.model, plan, number, blocks, new)
         run.check_unchanged(journal)
 
-    if journal.find("files") is None:
+    if journal.find("files") is None or len(done) < blocks:
         plan = run.engine.neuron_stage(
             choice.layers, shares, run.windows.tokens, sink=sink, done=done
         )
@@ -277,13 +281,18 @@ def _finished_blocks(journal: Journal, plan: Plan, layers: list[int]) -> dict[in
     from safetensors.torch import load_file
 
     done: dict[int, BlockCut] = {}
-    for entry in journal.entries:
-        if entry["kind"] == "block":
-            source = entry["value"]["source"]
+    folder = _model_folder(journal)
+    for value in newest_blocks(journal):
+        source, number = value["source"], layers.index(value["source"])
+        wanted = {
+            _cut_file(journal, source): value["cut_sha256"],
+            folder / hf.shard_name(number, len(layers)): value["sha256"],
+        }
+        if is_whole(wanted):
             tensors = load_file(_cut_file(journal, source))
-            cut = BlockCut.of(source, tensors, entry["value"]["notes"])
-            number, new = layers.index(source), entry["value"]["new_weights"]
-            cut.weights = hf.stored_weights(_model_folder(journal), plan, number, len(layers), new)
+            cut = BlockCut.of(source, tensors, value["notes"])
+            new = value["new_weights"]
+            cut.weights = hf.stored_weights(folder, plan, number, len(layers), new)
             done[source] = cut
     return done
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from secateur.errors import SourceError
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: its shape, its type on disk, its size in bytes and the file it is in."""
+    """One stored tensor: shape, type on disk, bytes, the file it is in and its first byte there."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
     file: Path
+    begin: int = 0
 
     @property
     def numel(self) -> int:
@@ -147,8 +149,45 @@ class Checkpoint(ABC):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def state(self) -> list[list[Any]]:
-        """Name, size and modification time of each weight file, to notice a change under a run."""
-        return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in self.files]
+        """Name, size and modification time of each file of the source that a run reads.
+
+        Raises:
+            OSError: one of them is gone.
+        """
+        stats = [(path.name, path.stat()) for path in self._watched()]
+        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+    def _watched(self) -> list[Path]:
+        """Files whose change under a run would make its blocks those of two models."""
+        return self.files
+
+
+def read_bytes(path: Path, begin: int, target: np.ndarray[Any, Any]) -> None:
+    """Fill ``target``, uint8, with the bytes of a file from ``begin`` on.
+
+    Read, not mapped: of a mapped file, a disk that fails and a file that somebody cuts short end
+    the process with SIGBUS, about which nothing can be said any more.
+
+    Raises:
+        SourceError: the file cannot be read, or is shorter.
+    """
+    view = target.data
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(begin)
+            done = 0
+            while done < len(view):
+                got = file.readinto(view[done:])
+                if not got:
+                    raise SourceError(
+                        f"{path} was cut short while it was read: it ends at byte {begin + done}; "
+                        "fetch it again"
+                    )
+                done += got
+    except OSError as error:
+        raise SourceError(
+            f"{path} cannot be read ({error.strerror}): see to the disk, or fetch the file again"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
