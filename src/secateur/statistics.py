@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from secateur.solvers.ladder import FLOAT64, climbed, solving_for
+
 #: Rows of a chunk whose products are summed in float32 before they join the float64 total.
 TOKENS_PER_CHUNK = 2048
 
@@ -39,7 +41,12 @@ class Moments:
         """Take in tokens x, (..., q). Products in float32, sums in float64."""
         flat = x.detach().reshape(-1, x.shape[-1]).float()
         for chunk in flat.split(TOKENS_PER_CHUNK):
-            self.second += chunk.T @ chunk
+            product = chunk.T @ chunk
+            # By Cauchy and Schwarz no other entry is larger than the largest of the diagonal.
+            if not bool(torch.isfinite(product.diagonal()).all()):
+                climbed(FLOAT64, "an activation above 1e19")
+                product = chunk.double().T @ chunk.double()
+            self.second += product
             self.total += chunk.sum(0, dtype=torch.float64)
         self.tokens += len(flat)
 
@@ -103,7 +110,11 @@ class Channels:
         for chunk in flat.split(TOKENS_PER_CHUNK) if len(flat) else ():
             mean = chunk.mean(0, dtype=torch.float64)
             # Off the mean by its rounding, in float32, is off by a square of that.
-            squares = (chunk - mean.to(chunk.dtype)).float().square().sum(0, dtype=torch.float64)
+            off = (chunk - mean.to(chunk.dtype)).float()
+            squares = off.square().sum(0, dtype=torch.float64)
+            if not bool(torch.isfinite(squares).all()):
+                climbed(FLOAT64, "an activation above 1e19")
+                squares = off.double().square().sum(0)
             both = self.plus(Channels(mean, squares, len(chunk)))
             self.mean, self.squares, self.tokens = both.mean, both.squares, both.tokens
 
@@ -175,10 +186,11 @@ def gather(
                 part.setdefault(signal, kind.empty(x.shape[-1], x.device))
             early = len(x) if apart is None else min(max(apart - seen[signal], 0), len(x))
             seen[signal] += len(x)
-            if early:
-                found[signal].add(x[:early])
-            if early < len(x):
-                late[signal].add(x[early:])
+            with solving_for(signal):
+                if early:
+                    found[signal].add(x[:early])
+                if early < len(x):
+                    late[signal].add(x[early:])
 
         return take
 

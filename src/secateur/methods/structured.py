@@ -22,6 +22,7 @@ from secateur.methods.base import Block, Quotas
 from secateur.methods.units import Units, group_width
 from secateur.plans import BlockCut
 from secateur.solvers.budget import Curve, LazyValues, share_out, threshold_search
+from secateur.solvers.ladder import solving_for
 
 
 class StructuredOptions(BaseModel):
@@ -151,7 +152,8 @@ class Structured(Units):
         curves: dict[str, Curve] = {}
         for name in self._denses(anatomy):
             whole = self._in_groups(anatomy, name)
-            removals[name] = self.removal(block, name, group_width(anatomy) if whole else 1)
+            with solving_for(name):
+                removals[name] = self.removal(block, name, group_width(anatomy) if whole else 1)
             lost = self._heads_lost(anatomy, quota) if whole else None
             curves[name] = (
                 Curve((lost,), (math.inf,))
@@ -169,9 +171,11 @@ class Structured(Units):
         cut = self._block_cut(block.source, anatomy, inputs)
         cut.notes = {"threshold": short(threshold), "error": {}}
         for name in inputs:
-            removals[name].finish(counts[name], cut, name)
+            with solving_for(name):
+                removals[name].finish(counts[name], cut, name)
         for name in cut.inputs.keys() - inputs.keys():
-            self.finish_reader(block, cut, name)
+            with solving_for(name):
+                self.finish_reader(block, cut, name)
         return cut
 
     def finish_reader(self, block: Block, cut: BlockCut, name: str) -> None:

@@ -46,6 +46,9 @@ def model_card(plan: Plan, record: dict[str, Any], *, source: str, stock: bool) 
     zeros = record["reached"].get("zeros")
     tags = ["sparse"] * bool(zeros)
     header["tags"] = [*header["tags"], *tags]
+    steps = [step for cut in plan.blocks for step in cut.steps]
+    if steps:
+        why += f" Solvers could not go the straight way everywhere: {'; '.join(steps)}."
     recipe = yaml.safe_dump(record["recipe"], sort_keys=True, allow_unicode=True).rstrip()
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).rstrip()}

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 import torch
 
 from secateur.solvers.gram import cholesky, inverse_of
+from secateur.solvers.ladder import DAMPINGS, MORE_DAMPING, NO_TUNING, climbed, solve
+from secateur.solvers.ladder import inverse as inverse_matrix
 
 #: Pulls to the original weights that are tried, as shares of mean diag H.
 PULLS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -66,7 +68,7 @@ class GreedyOrder:
             losses[~alive] = torch.inf
             chosen = losses.argsort(stable=True)[: min(together, last - done)]
             inputs = (chosen[:, None] * unit + torch.arange(unit, device=second.device)).flatten()
-            block = torch.linalg.inv(inverse[inputs][:, inputs])
+            block = inverse_matrix(inverse[inputs][:, inputs])
             taken = left[:, inputs] @ block
             self._errors.append(self._errors[-1] + float((taken * left[:, inputs]).sum()))
             columns = inverse[:, inputs].clone()
@@ -103,7 +105,7 @@ def _piece_losses(weight: torch.Tensor, inverse: torch.Tensor, unit: int) -> tor
     pieces = len(inverse) // unit
     blocks = inverse.reshape(pieces, unit, pieces, unit).diagonal(dim1=0, dim2=2)  # (u, u, n)
     own = weight.reshape(len(weight), pieces, unit).permute(1, 2, 0)  # (n, unit, p)
-    solved = torch.linalg.solve(blocks.permute(2, 0, 1), own)
+    solved = solve(blocks.permute(2, 0, 1), own)
     return (solved * own).sum((1, 2))
 
 
@@ -122,19 +124,29 @@ def refit(
         kept: S, (q',).
 
     Returns:
-        V, (p, q'), float64.
+        V, (p, q'), float64; W_S itself where no pull makes the fit one.
     """
     w = weight.to(torch.float64)
     inner = second[kept][:, kept].clone()
     mean = inner.diagonal().mean()
-    s = float(pull * mean) if bool(mean > 0) else 1.0
-    inner.diagonal().add_(s)
-    right = w @ second[:, kept] + s * w[:, kept]
-    factor, info = torch.linalg.cholesky_ex(inner)
-    if int(info) != 0:
-        return w[:, kept]
-    half = torch.linalg.solve_triangular(factor, right.T, upper=False)
-    return torch.linalg.solve_triangular(factor.T, half, upper=True).T
+    first = float(pull * mean) if bool(mean > 0) else 1.0
+    before = 0.0
+    for step in DAMPINGS:  # damping is the pull here: the more of it, the less is fitted
+        s = first * step
+        inner.diagonal().add_(s - before)
+        before = s
+        factor, info = torch.linalg.cholesky_ex(inner)
+        if int(info) != 0:
+            continue
+        right = w @ second[:, kept] + s * w[:, kept]
+        half = torch.linalg.solve_triangular(factor, right.T, upper=False)
+        found = torch.linalg.solve_triangular(factor.T, half, upper=True).T
+        if bool(torch.isfinite(found).all()):
+            if step > 1:
+                climbed(MORE_DAMPING, f"a pull of {pull * step:g}")
+            return found
+    climbed(NO_TUNING)
+    return w[:, kept]
 
 
 def output_error(

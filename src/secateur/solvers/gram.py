@@ -18,10 +18,9 @@ from typing import Literal
 
 import torch
 
-Order = Literal["condition", "condition-literal", "energy", "obs", "random"]
+from secateur.solvers.ladder import DAMPINGS, LEAST_SQUARES, MORE_DAMPING, RCOND, climbed
 
-#: Dampings tried one after the other until a Cholesky factor exists, as shares of mean diag G.
-LADDER = (1.0, 1e2, 1e4, 1e6)
+Order = Literal["condition", "condition-literal", "energy", "obs", "random"]
 
 
 def gram(weight: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
@@ -55,22 +54,34 @@ def damped(g: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def cholesky(g: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Lower Cholesky factor of the damped G, with more damping where it fails.
+    """Lower Cholesky factor of the damped G, down the steps of :mod:`~secateur.solvers.ladder`.
+
+    Where no damping helps, G has eigenvalues far below zero, which no second moment has: the
+    nearest matrix without them is taken.
 
     Returns:
         the damped matrix, its factor, and the share of damping that it took.
 
     Raises:
-        ArithmeticError: G is not finite, or no damping helps.
+        ArithmeticError: G is not finite.
     """
     if not bool(torch.isfinite(g).all()):
         raise ArithmeticError("the Gram matrix is not finite")
-    for step in LADDER:
+    for step in DAMPINGS:
         matrix = damped(g, share * step)
         factor, info = torch.linalg.cholesky_ex(matrix)
         if int(info) == 0 and bool(torch.isfinite(factor.diagonal()).all()):
+            if step > 1:
+                climbed(MORE_DAMPING, f"{share * step:g} of the mean diagonal")
             return matrix, factor, share * step
-    raise ArithmeticError("the Gram matrix has no Cholesky factor under any damping")
+    climbed(LEAST_SQUARES)
+    values, vectors = torch.linalg.eigh((g + g.T) / 2)
+    floor = float(values[-1].clamp(min=1.0)) * RCOND + share * float(g.diagonal().mean().abs())
+    matrix = (vectors * (values.clamp(min=0) + floor)) @ vectors.T
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) != 0 or not bool(torch.isfinite(factor.diagonal()).all()):
+        raise ArithmeticError("the Gram matrix has no Cholesky factor under any damping")
+    return matrix, factor, share * DAMPINGS[-1]
 
 
 def importance(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 
 from secateur.solvers.gram import cholesky
+from secateur.solvers.ladder import NO_TUNING, climbed
 
 #: A scale outside of this band is a sign of an ill-posed fit, not of a good one.
 GUARD = 10.0
@@ -77,4 +78,7 @@ class MaskCurve:
 def guarded(scales: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """The scales, or all ones if any lies outside the guard band; and whether they were kept."""
     good = bool(torch.isfinite(scales).all()) and bool((scales.abs() <= GUARD).all())
-    return (scales, True) if good else (torch.ones_like(scales), False)
+    if good:
+        return scales, True
+    climbed(NO_TUNING, f"a scale is beyond {GUARD:g}")
+    return torch.ones_like(scales), False
