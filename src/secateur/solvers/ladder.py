@@ -94,7 +94,7 @@ def inverse(matrix: torch.Tensor) -> torch.Tensor:
         ArithmeticError: A is not finite.
     """
     found, info = torch.linalg.inv_ex(matrix)
-    if not bool(info.any()) and bool(torch.isfinite(found).all()):
+    if not bool(info.any()) and _finite(matrix, found):  # the inverse of infinity looks like zero
         return found
     return _pseudoinverse(matrix)
 
@@ -106,13 +106,17 @@ def solve(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         ArithmeticError: A is not finite.
     """
     found, info = torch.linalg.solve_ex(matrix, right)
-    if not bool(info.any()) and bool(torch.isfinite(found).all()):
+    if not bool(info.any()) and _finite(matrix, found):
         return found
     return _pseudoinverse(matrix) @ right
 
 
+def _finite(*tensors: torch.Tensor) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
 def _pseudoinverse(matrix: torch.Tensor) -> torch.Tensor:
-    if not bool(torch.isfinite(matrix).all()):
+    if not _finite(matrix):
         raise ArithmeticError("a matrix to invert is not finite")
     climbed(LEAST_SQUARES)
     found = torch.linalg.pinv(matrix.double(), rtol=RCOND, hermitian=True)
@@ -126,10 +130,11 @@ def factors(systems: torch.Tensor) -> torch.Tensor:
         ArithmeticError: a system is not finite.
     """
     found, info = torch.linalg.cholesky_ex(systems)
-    failed = (info != 0).nonzero()[:, 0]
+    bad = (info != 0) | ~torch.isfinite(found.diagonal(dim1=1, dim2=2)).all(1)
+    failed = bad.nonzero()[:, 0]
     if not len(failed):
         return found
-    if not bool(torch.isfinite(systems).all()):
+    if not _finite(systems):
         raise ArithmeticError("a system of kept weights is not finite")
     wide = systems[failed].double()
     mean = wide.diagonal(dim1=1, dim2=2).mean(1)

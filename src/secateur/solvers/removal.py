@@ -30,6 +30,7 @@ import torch
 from secateur.solvers.compensation import all_at_once, entries, in_batches, one_by_one
 from secateur.solvers.gram import cholesky
 from secateur.solvers.ladder import FLOAT64, NO_TUNING, climbed
+from secateur.solvers.ladder import inverse as inverse_matrix
 from secateur.solvers.patterns import lowest, lowest_in_groups, lowest_in_rows, removal_sets
 from secateur.sparsity import Pattern
 
@@ -274,7 +275,7 @@ def _best_pattern(
     inverse = factor.T @ factor
     sets = removal_sets(pattern.kept, pattern.group).to(group.device)
     blocks = inverse[sets[:, :, None], sets[:, None, :]]  # (patterns, n, n)
-    solved = inverse(blocks.double()).to(group.dtype)
+    solved = inverse_matrix(blocks.double()).to(group.dtype)
     of = group.T[sets].transpose(1, 2)  # (patterns, p, n)
     z = of @ solved
     best = (z * of).sum(2).argmin(0)
