@@ -107,7 +107,9 @@ class Checkpoint(ABC):
             return AutoTokenizer.from_pretrained(
                 self.folder, config=self.config, trust_remote_code=self.trust_remote_code
             )
-        except Exception as error:  # of many kinds; tokenizers itself raises plain Exception
+        except BaseException as error:  # of many kinds; tokenizers itself raises plain Exception
+            if not (isinstance(error, Exception) or is_panic(error)):
+                raise
             if "trust_remote_code" in str(error):
                 raise SourceError(
                     f"source {self.source} has a tokenizer that needs Python code of its own: "
@@ -188,6 +190,21 @@ def read_bytes(path: Path, begin: int, target: np.ndarray[Any, Any]) -> None:
         raise SourceError(
             f"{path} cannot be read ({error.strerror}): see to the disk, or fetch the file again"
         ) from error
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust met what it did not expect; that is no Exception in Python."""
+    return type(error).__name__ == "PanicException"
+
+
+def linked_away(path: Path, folder: Path) -> bool:
+    """Whether a file of a model's folder is a link to somewhere else.
+
+    Files of the hub's cache are, but their bytes lie in a ``blobs`` of that cache.
+    """
+    root, target = folder.resolve(), path.resolve()
+    cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    return not cached and root not in target.parents
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from secateur.checkpoint.base import Checkpoint, TensorInfo, _first_line, read_bytes
+from secateur.checkpoint.gguf_header import check_header
 from secateur.errors import SourceError
 
 #: Rows of a matrix that are dequantised in one call.
@@ -129,6 +130,7 @@ def open_reader(path: Path) -> Any:
         if file.read(4) != b"GGUF":
             raise SourceError(f"{path} is no GGUF file: it does not begin with the letters GGUF")
     try:
+        check_header(path)
         reader = GGUFReader(path)
     except Exception as error:  # the reader trusts its input; anything may come out of bad bytes
         raise SourceError(

@@ -15,7 +15,7 @@ from secateur.checkpoint.packed import PACKED_TYPE, TYPE_KEY, pack, worth_packin
 from secateur.checkpoint.safetensors_folder import SafetensorsCheckpoint, read_header
 from secateur.checkpoint.writer import copy_file, sync_folder, write_json, write_tensors
 from secateur.errors import OutputError
-from secateur.outputs.hf import INDEX
+from secateur.outputs.hf import INDEX, check_own
 
 NOTE = (
     "only Secateur opens a packed folder: no program that is maintained stores zeros; "
@@ -52,6 +52,7 @@ def repack(
         weights = {path.name for path in checkpoint.files}
         for path in sorted(checkpoint.folder.iterdir()):
             if path.is_file() and path.name not in {*weights, INDEX, "config.json"}:
+                check_own(path, checkpoint.folder)
                 copy_file(path, beside / path.name)
         weight_map: dict[str, str] = {}
         total = 0
