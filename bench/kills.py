@@ -269,6 +269,8 @@ def campaign(model: str, kills: int, seed: int, cold: bool, options: list[str]) 
                 and contents(root / name / "out") == wanted
                 and [p.name for p in (root / name).iterdir()] == ["out"]
             )
+            if not good and not places:
+                raise SystemExit(ended.log)  # no kill is at fault
             if not good:
                 for place in places:
                     differing[place] = differing.get(place, 0) + 1

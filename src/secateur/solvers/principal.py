@@ -62,7 +62,9 @@ def principal_directions(
         damped = damped - 2 * below / width
     try:
         values, vectors = torch.linalg.eigh(damped)
-    except torch.linalg.LinAlgError:  # the iteration did not end; that of the SVD does
+    except (
+        RuntimeError
+    ):  # torch's LinAlgError is one: the iteration did not end; that of the SVD does
         climbed(LEAST_SQUARES, "singular vectors")
         vectors = torch.linalg.svd(damped).U
         values, order = (vectors.T @ damped @ vectors).diagonal().sort()
