@@ -103,15 +103,17 @@ class BlockWorker:
         """
         from secateur.masking import state_of
         from secateur.methods import Share
+        from secateur.solvers.ladder import listening
         from secateur.surveys import finite_statistics
 
         engine, method = self._run.engine, self._run.method
         hidden = None if inputs is None else self._inputs(Path(inputs))
         with self._run.stream.block(layer) as module:
             share = Share(parameters, lose, units)
-            block, _ = engine.look(layer, module, hidden, share, late)
-            with finite_statistics(layer):
-                prepared = method.prepare(block) if parameters else None
+            with listening() as self._steps:
+                block, _ = engine.look(layer, module, hidden, share, late)
+                with finite_statistics(layer):
+                    prepared = method.prepare(block) if parameters else None
             self._block = replace(block, prepared=prepared)
             self._state = state_of(module)
 
@@ -140,11 +142,15 @@ class BlockWorker:
         Returns:
             parameters that are gone.
         """
-        from secateur.plans import block_removed
-        from secateur.surveys import finite_statistics
+        from secateur.numerics import cut_by
+        from secateur.plans import STEPS, block_removed
+        from secateur.solvers.ladder import listening, texts
 
-        with finite_statistics(self._block.source):
-            cut = self._run.method.cut(self._block, parameters)
+        with listening() as steps:
+            cut = cut_by(self._run.method, self._block, parameters, self._run.dtype)
+        steps = list(dict.fromkeys([*self._steps, *steps]))
+        if steps:
+            cut.notes[STEPS] = texts(steps)
         self._cut = self._run.engine.checked(cut)
         del self._block
         return block_removed(self._run.stream.anatomy, self._cut)

@@ -20,11 +20,12 @@ from secateur.fit_text import FitText
 from secateur.layers import LayerChoice, Round, by_influence, by_loss, search_work
 from secateur.masking import masked, state_of
 from secateur.methods import Block, Method, Share, Shares
+from secateur.numerics import cut_by, noting_steps
 from secateur.plans import BlockCut, Plan, Tensors, block_removed, check_cut
 from secateur.progress import Progress
 from secateur.statistics import Channels, Moments, gather
 from secateur.streaming import Stream
-from secateur.surveys import by_gradients, by_statistics, finite_statistics
+from secateur.surveys import by_gradients, by_statistics
 
 #: Takes a finished block: its cut, and its original tensors in float32 on the CPU.
 Sink = Callable[[BlockCut, Tensors], None]
@@ -349,6 +350,7 @@ class Engine:
         """What a block puts out, where anything behind it needs that."""
         return None if hidden is None else self.stream.forward_block(layer, module, hidden)
 
+    @noting_steps
     def _cut_block(
         self,
         layer: int,
@@ -365,8 +367,7 @@ class Engine:
             seen = masked(self.stream, module, state, cut, self.dtype) if number else nullcontext()
             with seen:
                 block, out = self.look(layer, module, hidden, share, late, only)
-            with finite_statistics(layer):
-                cut = cut.joined(self.method.cut(block, share.parameters))
+            cut = cut.joined(cut_by(self.method, block, share.parameters, self.dtype))
         if stages:
             module.load_state_dict(
                 {k: v.to(self.stream.device) for k, v in state.items()}, assign=True

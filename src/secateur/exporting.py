@@ -11,6 +11,7 @@ from typing import Any
 
 from secateur.anatomy import describe_residual
 from secateur.checkpoint import Checkpoint, local_path, open_checkpoint
+from secateur.checkpoint.lock import locked
 from secateur.checkpoint.writer import check_output
 from secateur.errors import OutputError, SecateurError, SourceError
 from secateur.evaluation import bench as speed
@@ -75,7 +76,8 @@ def export(
     except OSError as error:
         raise OutputError(f"output {out} cannot be written: {error.strerror}") from error
     progress.stage(f"writing {weights} GGUF", len(stream.stored_parameters()))
-    done = gguf.export(stream, place, kind=weights, step=progress.step)
+    with locked(place):
+        done = gguf.export(stream, place, kind=weights, step=progress.step)
     progress.finish()
     found = None
     if verify and llama_cpp.available():
@@ -90,7 +92,8 @@ def _repack(
     checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
     name = "packed" if packed else "plain"
     progress.stage(f"writing {name} files", len(checkpoint.files))
-    before, after = repack(checkpoint, place, packed=packed, step=progress.step)
+    with locked(place):
+        before, after = repack(checkpoint, place, packed=packed, step=progress.step)
     progress.finish()
     notes = [f"weights {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB now"]
     return ExportResult(place, name, after, notes + [NOTE] * packed)

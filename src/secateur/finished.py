@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.checkpoint.writer import Journal, write_tensors
+from secateur.checkpoint.writer import Journal, is_whole, newest_blocks, write_tensors
 from secateur.outputs import hf
 from secateur.plans import BlockCut, Plan
 
@@ -27,10 +27,11 @@ def write_cut(work: Path, cut: BlockCut, digest: str) -> dict[str, Any]:
     Args:
         digest: SHA-256 of the shard.
     """
-    write_tensors(cut_file(work, cut.source), cut.tensors())
+    of_cut = write_tensors(cut_file(work, cut.source), cut.tensors())
     return {
         "source": cut.source,
         "sha256": digest,
+        "cut_sha256": of_cut,
         "notes": cut.notes,
         "new_weights": sorted(cut.weights),
     }
@@ -56,9 +57,16 @@ def read_cut(
 
 
 def finished_blocks(journal: Journal, plan: Plan, layers: Sequence[int]) -> dict[int, BlockCut]:
-    """The cuts of all blocks that the journal says are finished."""
+    """The cuts of all blocks that the journal says are finished, and whose files say so too."""
     # The files are still in the work folder, or under their name already.
     model = journal.model if any(journal.model.glob("*")) else journal.out
-    entries = [entry["value"] for entry in journal.entries if entry["kind"] == "block"]
-    cuts = (read_cut(journal.folder, model, plan, layers, entry) for entry in entries)
-    return {cut.source: cut for cut in cuts}
+    done: dict[int, BlockCut] = {}
+    for entry in newest_blocks(journal):
+        source = entry["source"]
+        wanted = {
+            cut_file(journal.folder, source): entry["cut_sha256"],
+            model / hf.shard_name(layers.index(source), len(layers)): entry["sha256"],
+        }
+        if is_whole(wanted):
+            done[source] = read_cut(journal.folder, model, plan, layers, entry)
+    return done

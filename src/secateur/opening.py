@@ -43,6 +43,7 @@ class Opened:
         self.progress = progress
         self.target = target or Target()
         self.checkpoint: Checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
+        self._state = self.checkpoint.state()
         if str(self.checkpoint.config.model_type).startswith(MODEL_TYPE_PREFIX):
             raise SourceError(
                 f"source {source} has been pruned to different sizes in each block already: prune "
@@ -81,7 +82,7 @@ class Opened:
         return {
             "recipe": self.recipe.model_dump(),
             "source": self.checkpoint.fingerprint,
-            "source_files": self.checkpoint.state(),
+            "source_files": self._state,
             "calibration": self.windows.sha256,
             "versions": versions(),
             "threads": torch.get_num_threads(),
@@ -109,7 +110,11 @@ class Opened:
         Raises:
             SourceError: it has been written to since.
         """
-        if self.checkpoint.state() != journal.entries[0]["value"]["source_files"]:
+        try:
+            changed = self.checkpoint.state() != journal.entries[0]["value"]["source_files"]
+        except OSError:
+            changed = True  # gone
+        if changed:
             raise SourceError(
                 f"source {self.checkpoint.source} changed while it was read: the finished blocks "
                 f"are of no use; remove {journal.folder} and start again"

@@ -23,6 +23,8 @@ from secateur.coupled import (
 from secateur.errors import PlanError
 
 Tensors = dict[str, torch.Tensor]
+#: The key of a block's notes under which the steps of its solvers stand, as lines.
+STEPS = "numerics"
 
 
 @dataclass
@@ -76,6 +78,11 @@ class BlockCut:
             other.groups if other.groups is not None else self.groups,
             notes,
         )
+
+    @property
+    def steps(self) -> list[str]:
+        """What solvers had to do for this block (:mod:`secateur.solvers.ladder`), as lines."""
+        return [f"block {self.source}, {line}" for line in self.notes.get(STEPS, [])]
 
     @classmethod
     def of(

@@ -227,7 +227,7 @@ def _write(run: Run, journal: Journal) -> tuple[Plan, LayerChoice, dict[str, flo
         keep(write_cut(journal.folder, cut, digest))
         cut.weights = hf.stored_weights(journal.model, plan, number, blocks, new)
 
-    if journal.find("files") is None:
+    if journal.find("files") is None or len(done) < blocks:
         if run.executor is not None:
             spread = Blocks(run, journal, choice.layers, shares, done)
             plan.blocks.extend(spread.cut(keep))

@@ -23,6 +23,13 @@ def build_skeleton(checkpoint: Checkpoint) -> Any:
     from secateur.modules import MODEL_TYPE_PREFIX, pruned_classes
 
     config = checkpoint.config
+    blocks = getattr(config, "num_hidden_layers", 0)
+    if not isinstance(blocks, int) or blocks > len(checkpoint.tensors):
+        # Each would be built before the first was missed.
+        raise SourceError(
+            f"config and weights of {checkpoint.source} disagree: the config asks for {blocks} "
+            f"blocks, the files hold {len(checkpoint.tensors)} tensors in all"
+        )
     with torch.device("meta"):
         if str(config.model_type).startswith(MODEL_TYPE_PREFIX):
             _, model_class = pruned_classes(

@@ -10,8 +10,20 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from secateur.solvers.ladder import FLOAT64, climbed, solving_for
+
 #: Rows of a chunk whose products are summed in float32 before they join the float64 total.
 TOKENS_PER_CHUNK = 2048
+
+
+def _product(x: torch.Tensor) -> torch.Tensor:
+    """x^T x of tokens (t, q), in float32 where that holds it."""
+    product = x.T @ x
+    # By Cauchy and Schwarz no other entry is larger than the largest of the diagonal.
+    if not bool(torch.isfinite(product.diagonal()).all()):
+        climbed(FLOAT64, "an activation above 1e19")
+        product = x.double().T @ x.double()
+    return product
 
 
 class Moments:
@@ -55,7 +67,7 @@ class Moments:
             if self._rows is not None:
                 self._rows.append(chunk.clone())
             elif self._second is not None:
-                self._second += chunk.T @ chunk
+                self._second += _product(chunk)
 
     def _few(self, tokens: int) -> bool:
         return 2 * tokens <= len(self.total)
@@ -68,7 +80,7 @@ class Moments:
         width = len(self.total)
         out = torch.zeros(width, width, dtype=torch.float64, device=self.total.device)
         for chunk in self._rows or ():
-            out += chunk.T @ chunk
+            out += _product(chunk)
         return out
 
     @property
@@ -117,7 +129,7 @@ class Moments:
             return self._second.diagonal()
         out = torch.zeros_like(self.total)
         for chunk in self._rows or ():
-            out += chunk.square().sum(0, dtype=torch.float64)
+            out += chunk.double().square().sum(0)
         return out
 
     @property
@@ -159,7 +171,11 @@ class Channels:
         for chunk in flat.split(TOKENS_PER_CHUNK) if len(flat) else ():
             mean = chunk.mean(0, dtype=torch.float64)
             # Off the mean by its rounding, in float32, is off by a square of that.
-            squares = (chunk - mean.to(chunk.dtype)).float().square().sum(0, dtype=torch.float64)
+            off = (chunk - mean.to(chunk.dtype)).float()
+            squares = off.square().sum(0, dtype=torch.float64)
+            if not bool(torch.isfinite(squares).all()):
+                climbed(FLOAT64, "an activation above 1e19")
+                squares = off.double().square().sum(0)
             both = self.plus(Channels(mean, squares, len(chunk)))
             self.mean, self.squares, self.tokens = both.mean, both.squares, both.tokens
 
@@ -231,10 +247,11 @@ def gather(
                 part.setdefault(signal, kind.empty(x.shape[-1], x.device))
             early = len(x) if apart is None else min(max(apart - seen[signal], 0), len(x))
             seen[signal] += len(x)
-            if early:
-                found[signal].add(x[:early])
-            if early < len(x):
-                late[signal].add(x[early:])
+            with solving_for(signal):
+                if early:
+                    found[signal].add(x[:early])
+                if early < len(x):
+                    late[signal].add(x[early:])
 
         return take
 

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from secateur.errors import SourceError
@@ -23,17 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: its shape, its type on disk, its size in bytes and the file it is in.
-
-    ``start`` is where its bytes begin in the file, where that is known.
-    """
+    """One stored tensor: shape, type on disk, bytes, the file it is in and its first byte there."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
     file: Path
-    start: int | None = None
+    begin: int = 0
 
     @property
     def numel(self) -> int:
@@ -83,10 +81,10 @@ class Checkpoint(ABC):
         """Let the system read the bytes of these tensors from disk before they are asked for."""
         for name in names:
             info = self.tensors[name]
-            if info.start is None or not hasattr(os, "posix_fadvise"):
-                continue
+            if not info.begin or not hasattr(os, "posix_fadvise"):
+                continue  # no place in a file of its own, or no such system call
             with suppress(OSError), info.file.open("rb") as file:
-                os.posix_fadvise(file.fileno(), info.start, info.nbytes, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(file.fileno(), info.begin, info.nbytes, os.POSIX_FADV_WILLNEED)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Read one tensor. Floating values must be finite and are cast to ``dtype`` if given.
@@ -120,7 +118,9 @@ class Checkpoint(ABC):
             return AutoTokenizer.from_pretrained(
                 self.folder, config=self.config, trust_remote_code=self.trust_remote_code
             )
-        except Exception as error:  # of many kinds; tokenizers itself raises plain Exception
+        except BaseException as error:  # of many kinds; tokenizers itself raises plain Exception
+            if not (isinstance(error, Exception) or is_panic(error)):
+                raise
             if "trust_remote_code" in str(error):
                 raise SourceError(
                     f"source {self.source} has a tokenizer that needs Python code of its own: "
@@ -162,8 +162,60 @@ class Checkpoint(ABC):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def state(self) -> list[list[Any]]:
-        """Name, size and modification time of each weight file, to notice a change under a run."""
-        return [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in self.files]
+        """Name, size and modification time of each file of the source that a run reads.
+
+        Raises:
+            OSError: one of them is gone.
+        """
+        stats = [(path.name, path.stat()) for path in self._watched()]
+        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+    def _watched(self) -> list[Path]:
+        """Files whose change under a run would make its blocks those of two models."""
+        return self.files
+
+
+def read_bytes(path: Path, begin: int, target: np.ndarray[Any, Any]) -> None:
+    """Fill ``target``, uint8, with the bytes of a file from ``begin`` on.
+
+    Read, not mapped: of a mapped file, a disk that fails and a file that somebody cuts short end
+    the process with SIGBUS, about which nothing can be said any more.
+
+    Raises:
+        SourceError: the file cannot be read, or is shorter.
+    """
+    view = target.data
+    try:
+        with path.open("rb", buffering=0) as file:
+            file.seek(begin)
+            done = 0
+            while done < len(view):
+                got = file.readinto(view[done:])
+                if not got:
+                    raise SourceError(
+                        f"{path} was cut short while it was read: it ends at byte {begin + done}; "
+                        "fetch it again"
+                    )
+                done += got
+    except OSError as error:
+        raise SourceError(
+            f"{path} cannot be read ({error.strerror}): see to the disk, or fetch the file again"
+        ) from error
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library in Rust met what it did not expect; that is no Exception in Python."""
+    return type(error).__name__ == "PanicException"
+
+
+def linked_away(path: Path, folder: Path) -> bool:
+    """Whether a file of a model's folder is a link to somewhere else.
+
+    Files of the hub's cache are, but their bytes lie in a ``blobs`` of that cache.
+    """
+    root, target = folder.resolve(), path.resolve()
+    cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    return not cached and root not in target.parents
 
 
 def _first_line(error: BaseException) -> str:

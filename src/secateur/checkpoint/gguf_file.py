@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from secateur.checkpoint.base import Checkpoint, TensorInfo, _first_line
+from secateur.checkpoint.base import Checkpoint, TensorInfo, _first_line, read_bytes
+from secateur.checkpoint.gguf_header import check_header
 from secateur.errors import SourceError
 
 #: Rows of a matrix that are dequantised in one call.
@@ -82,7 +83,9 @@ class GgufCheckpoint(Checkpoint):
             values = np.empty((count, *shape[1:]), dtype=np.float32)
             for start in range(0, count, ROWS_AT_ONCE):
                 end = min(count, start + ROWS_AT_ONCE)
-                data = entry.data[first + start : first + end]
+                data = np.empty((end - start, *entry.data.shape[1:]), dtype=entry.data.dtype)
+                begin = entry.data_offset + (first + start) * entry.data.strides[0]
+                read_bytes(self.path, int(begin), data.reshape(-1).view(np.uint8))
                 values[start:end] = dequantize(data, entry.tensor_type)
         except (NotImplementedError, ValueError) as error:
             raise SourceError(
@@ -127,6 +130,7 @@ def open_reader(path: Path) -> Any:
         if file.read(4) != b"GGUF":
             raise SourceError(f"{path} is no GGUF file: it does not begin with the letters GGUF")
     try:
+        check_header(path)
         reader = GGUFReader(path)
     except Exception as error:  # the reader trusts its input; anything may come out of bad bytes
         raise SourceError(

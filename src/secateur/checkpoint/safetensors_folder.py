@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from secateur.checkpoint.base import Checkpoint, TensorInfo
+from secateur.checkpoint.base import Checkpoint, TensorInfo, read_bytes
 from secateur.checkpoint.packed import PACKED_TYPE, PARTS, TYPE_KEY, packed_shape, unpack
 from secateur.errors import SourceError
 
@@ -33,6 +33,8 @@ DTYPES = {
 FLOATING = {name for name, dtype in DTYPES.items() if dtype.is_floating_point}
 #: safetensors refuses longer headers too; without a limit a forged length asks for all memory.
 MAX_HEADER = 100_000_000
+#: Config, index, tokenizer, template, code: besides weights, what decides a run's result.
+WATCHED = (".json", ".model", ".txt", ".jinja", ".py")
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -55,7 +57,6 @@ class SafetensorsCheckpoint(Checkpoint):
             self.tensors.update(
                 {name: info for name, info in header.items() if not names or name in names}
             )
-        self._handles: dict[Path, Any] = {}
         self._parts: dict[str, TensorInfo] = {}
         self._packed = self._find_packed()
         if getattr(self.config, "quantization_config", None) and self._kinds() - FLOATING:
@@ -92,16 +93,17 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def _stored(self, name: str) -> torch.Tensor:
         """The values of one tensor of the file."""
-        from safetensors import SafetensorError, safe_open
-
-        path = (self.tensors.get(name) or self._parts[name]).file
-        try:
-            if path not in self._handles:
-                self._handles[path] = safe_open(path, framework="pt")
-            tensor: torch.Tensor = self._handles[path].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise SourceError(f"tensor {name} cannot be read from {path}: {error}") from error
+        info = self.tensors.get(name) or self._parts[name]
+        if info.dtype not in DTYPES:
+            raise self._quantised({info.dtype})
+        tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+        if info.nbytes:
+            read_bytes(info.file, info.begin, tensor.reshape(-1).view(torch.uint8).numpy())
         return tensor
+
+    def _watched(self) -> list[Path]:
+        small = [path for path in self.folder.iterdir() if path.suffix in WATCHED]
+        return sorted({*self.files, *(path for path in small if path.is_file())})
 
     @property
     def dtype(self) -> torch.dtype:

@@ -8,7 +8,7 @@ name. The same command finds the journal and goes on behind it.
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from secateur.checkpoint.lock import Lock, check_free
 from secateur.errors import OutputError
 
 JOURNAL = "journal.jsonl"
@@ -34,7 +35,14 @@ def write_bytes(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copy the bytes of ``source`` to the new file ``path``, through to the disk."""
+    shutil.copyfile(source, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -53,10 +61,10 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
         save_file({k: v.contiguous() for k, v in tensors.items()}, beside, {"format": "pt"})
     except SafetensorError as error:
         # The Rust writer reports a full disk as text; the user needs the plain reason.
-        if "No space left" in str(error) or "os error 28" in str(error):
-            import errno
-
-            raise OSError(errno.ENOSPC, "No space left on device", str(path)) from error
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.ENOSPC * ("No space left" in str(error))
+        if code:
+            raise OSError(code, os.strerror(code), str(path)) from error
         raise
     digest = hashlib.sha256()
     with beside.open("rb+") as file:
@@ -65,8 +73,14 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
         os.fsync(file.fileno())
     beside.chmod(0o666 & ~_umask())  # safetensors creates files that nobody else may read
     os.replace(beside, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     return digest.hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, as :func:`write_tensors` gives it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _umask() -> int:
@@ -75,7 +89,8 @@ def _umask() -> int:
     return mask
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder outlive a power cut: those that were made, and those renamed."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -100,6 +115,14 @@ def drop_waste(out: Path) -> None:
     ours = re.compile(rf"\.?({names})(\.tmp)?")
     if waste.is_dir() and all(ours.fullmatch(path.name) for path in waste.iterdir()):
         shutil.rmtree(waste, ignore_errors=True)
+
+
+def is_whole(digests: Mapping[Path, str]) -> bool:
+    """Whether files hold the bytes that were written, by their SHA-256.
+
+    A disk that lost power may bring back less than it had promised.
+    """
+    return all(path.is_file() and digest_of(path) == wanted for path, wanted in digests.items())
 
 
 def check_output(out: Path, origin: Path, *, file: bool = False) -> None:
@@ -133,11 +156,18 @@ def check_output(out: Path, origin: Path, *, file: bool = False) -> None:
         raise OutputError(
             f"output {out} exists and is not empty: choose another --out, or remove it first"
         )
+    check_free(work / LOCK, out)
     parent = target.parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"output {out} cannot be written: no permission to write in {parent}")
+
+
+def newest_blocks(journal: Journal) -> list[dict[str, Any]]:
+    """What the journal says of each finished block; a block that was done again, once."""
+    newest = {e["value"]["source"]: e["value"] for e in journal.entries if e["kind"] == "block"}
+    return list(newest.values())
 
 
 class Journal:
@@ -162,20 +192,22 @@ class Journal:
                 "away, or choose another --out"
             )
         try:
-            self.model.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self.folder / LOCK, out)
+            self.model.mkdir(exist_ok=True)
         except OSError as error:
             raise OutputError(f"output {out} cannot be written: {error.strerror}") from error
-        self._lock = (self.folder / LOCK).open("w")
         try:
-            # An advisory lock of the kernel dies with its process: none can be stale.
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OutputError(
-                f"output {out} is being written by another process: wait for it, or choose "
-                "another --out"
-            ) from error
+            self._begin(json.loads(json.dumps(identity, sort_keys=True)))
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _begin(self, wanted: dict[str, Any]) -> None:
+        """Read what is there; write the first line where nothing is."""
+        # The folder's own name, and that of the model in it, must be there after a power cut.
+        sync_folder(self.folder)
+        sync_folder(self.folder.parent)
         self.entries = self._read()
-        wanted = json.loads(json.dumps(identity, sort_keys=True))
         if len(self.entries) == 1 and self.entries[0]["value"] != wanted:
             # Another run began here and finished nothing that could be lost.
             self.entries.clear()
@@ -210,7 +242,7 @@ class Journal:
                     entry = json.loads(line)
                 except ValueError:
                     break
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n") or not {"kind", "value"} <= entry.keys():
                     break
                 entries.append(entry)
                 good += len(line)
@@ -222,10 +254,14 @@ class Journal:
     def add(self, kind: str, value: Any) -> None:
         """Append one line and sync it; what it speaks of must be on disk already."""
         entry = {"kind": kind, "value": value}
-        with (self.folder / JOURNAL).open("ab") as file:
+        path = self.folder / JOURNAL
+        new = not path.exists()
+        with path.open("ab") as file:
             file.write((json.dumps(entry, sort_keys=True) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
+        if new:
+            sync_folder(self.folder)
         self.entries.append(json.loads(json.dumps(entry)))
 
     def find(self, kind: str, **fields: Any) -> Any | None:
@@ -239,18 +275,18 @@ class Journal:
     def finish(self) -> None:
         """Everything stands: give the model its final name and drop the work folder."""
         if self.model.is_dir():
-            _sync_folder(self.model)
+            sync_folder(self.model)
             if self.out.is_dir():
                 self.out.rmdir()  # check_output made sure that it is empty
             os.replace(self.model, self.out)
-            _sync_folder(self.out.parent)
+            sync_folder(self.out.parent)
         self._discard()
 
     def finish_file(self, made: Path) -> None:
         """The same where the result is one file, which lies in the work folder."""
         self.add("export", {})  # from here on a file of that name is ours
         os.replace(made, self.out)
-        _sync_folder(self.out.parent)
+        sync_folder(self.out.parent)
         self._discard()
 
     def _discard(self) -> None:
@@ -263,7 +299,7 @@ class Journal:
         else:
             os.replace(self.folder, waste)
         shutil.rmtree(waste)
-        self._lock.close()
+        self._lock.release()
 
     def drop_if_fruitless(self) -> None:
         """Remove the work folder unless it holds a finished block."""
@@ -272,4 +308,4 @@ class Journal:
 
     def close(self) -> None:
         """Let go of the lock; the work stays."""
-        self._lock.close()
+        self._lock.release()

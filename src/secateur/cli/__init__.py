@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from secateur.cli import comparing, healing, look, outputs, prune
-from secateur.errors import INTERRUPTED, one_line
+from secateur.errors import INTERRUPTED, Ended, end_on_signals, one_line
 
 app = typer.Typer(
     name="secateur",
@@ -55,10 +55,11 @@ def main() -> None:
     """Entry point: run a command; a user's mistake becomes one line and exit code 2."""
     arguments = sys.argv[1:] or ["--help"]
     try:
-        code = app(arguments, standalone_mode=False)
+        with end_on_signals():
+            code = app(arguments, standalone_mode=False)
         if code == INTERRUPTED:  # typer makes this of Ctrl-C, and says nothing
             raise KeyboardInterrupt
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, Ended) as error:
         if hasattr(error, "format_message"):  # typer's own: unknown options, missing arguments
             text, code = error.format_message().rstrip(".") + "; see secateur --help", 2
         elif isinstance(error, typer.Abort):

@@ -140,6 +140,8 @@ def print_result(result: PlanResult) -> None:
             ),
         ],
     )
+    for step in (step for cut in plan.blocks for step in cut.steps):
+        print(f"numerics: {step}")
     if result.form.sparsity is not None:
         _print_zeros(result)
         if not gone:

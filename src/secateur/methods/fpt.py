@@ -19,6 +19,7 @@ from secateur.methods.scored import Scores
 from secateur.plans import BlockCut
 from secateur.solvers.budget import nearest
 from secateur.solvers.gram import gram, ordering
+from secateur.solvers.ladder import solving_for
 from secateur.solvers.mask_search import fisher_diagonal, rearranged, search
 from secateur.solvers.mask_tuning import MaskCurve, guarded
 from secateur.solvers.pooling import lowest
@@ -143,8 +144,9 @@ class Fpt(ByGradient):
             g = whole.reshape(units, width, units, width).sum((1, 3))
             stays = torch.zeros(units, device=g.device)
             stays[kept[::width] // width] = 1
-            curve = MaskCurve(ordering(g), stays, self.options.damping)
-            scales, good = guarded(curve.tuned(units - len(kept) // width))
+            with solving_for(name):
+                curve = MaskCurve(ordering(g), stays, self.options.damping)
+                scales, good = guarded(curve.tuned(units - len(kept) // width))
             cut.notes.setdefault("tuned", {})[name] = good
             if good:
                 cut.scales[name] = scales.repeat_interleave(width).to(torch.float32)

@@ -17,6 +17,7 @@ from secateur.anatomy import Anatomy
 from secateur.errors import RecipeError
 from secateur.methods.base import Block, Method, Share, Shares
 from secateur.plans import BlockCut
+from secateur.solvers.ladder import solving_for
 from secateur.solvers.patterns import (
     lowest,
     lowest_in_groups,
@@ -219,7 +220,8 @@ class SparseMethod(Method):
             if self.signals(block.anatomy) and reads not in read:
                 continue  # of another stage
             weight = block.weights[name]
-            new[name] = self.sparse(block, name, weight, block.lose[name])
+            with solving_for(name):
+                new[name] = self.sparse(block, name, weight, block.lose[name])
             zeros[name] = int((new[name] == 0).sum())
             if reads in block.moments:
                 second = block.moments[reads].covariance

@@ -22,6 +22,7 @@ from secateur.methods.base import Block, Quotas
 from secateur.methods.units import Units, group_width
 from secateur.plans import BlockCut
 from secateur.solvers.budget import Curve, LazyValues, share_out, threshold_search
+from secateur.solvers.ladder import solving_for
 
 
 class StructuredOptions(BaseModel):
@@ -145,12 +146,12 @@ class Structured(Units):
     def prepare(self, block: Block) -> dict[str, Removal]:
         """The order of removal and its costs, for each layer that loses inputs."""
         anatomy = block.anatomy
-        return {
-            name: self.removal(
-                block, name, group_width(anatomy) if self._in_groups(anatomy, name) else 1
-            )
-            for name in self._denses(anatomy)
-        }
+        removals: dict[str, Removal] = {}
+        for name in self._denses(anatomy):
+            unit = group_width(anatomy) if self._in_groups(anatomy, name) else 1
+            with solving_for(name):
+                removals[name] = self.removal(block, name, unit)
+        return removals
 
     def cut(self, block: Block, quota: int) -> BlockCut:
         """COMP's Algorithm 1 on one block: a common threshold, raised until the quota is met."""
@@ -178,9 +179,11 @@ class Structured(Units):
         cut = self._block_cut(block.source, anatomy, inputs)
         cut.notes = {"threshold": short(threshold), "error": {}}
         for name in inputs:
-            removals[name].finish(counts[name], cut, name)
+            with solving_for(name):
+                removals[name].finish(counts[name], cut, name)
         for name in cut.inputs.keys() - inputs.keys():
-            self.finish_reader(block, cut, name)
+            with solving_for(name):
+                self.finish_reader(block, cut, name)
         return cut
 
     def finish_reader(self, block: Block, cut: BlockCut, name: str) -> None:

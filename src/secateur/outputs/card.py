@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ def model_card(plan: Plan, record: dict[str, Any], *, source: str, stock: bool) 
     }
     if "/" in source and not Path(source).exists():
         header["base_model"] = source
-    name = Path(source).name.removesuffix(".gguf") or source
+    name = plain(Path(source).name.removesuffix(".gguf") or source)
     of_decoder = after.decoder_share_removed(before)
     trust = "" if stock else ", trust_remote_code=True"
     why = (
@@ -46,7 +48,11 @@ def model_card(plan: Plan, record: dict[str, Any], *, source: str, stock: bool) 
     zeros = record["reached"].get("zeros")
     tags = ["sparse"] * bool(zeros)
     header["tags"] = [*header["tags"], *tags]
+    steps = [step for cut in plan.blocks for step in cut.steps]
+    if steps:
+        why += f" Solvers could not go the straight way everywhere: {'; '.join(steps)}."
     recipe = yaml.safe_dump(record["recipe"], sort_keys=True, allow_unicode=True).rstrip()
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0))
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).rstrip()}
 ---
@@ -75,15 +81,21 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})
 
 The recipe, with which the same command gives the same bytes:
 
-```yaml
+{fence}yaml
 {recipe}
-```
+{fence}
 
 `secateur.json` holds sizes block by block, versions, and the hash of the calibration tokens;
 {plan.held_in}. `report.html`
 shows it all in pictures, with the time and memory of one run: it is the one file that is not the
 same each time. The licence is that of the original model.
 """
+
+
+def plain(text: str) -> str:
+    """A name as Markdown that shows it: on one line, no HTML, no link, no code."""
+    line = "".join(sign if sign.isprintable() else " " for sign in text)
+    return re.sub(r"([\\`\[\]])", r"\\\1", html.escape(line, quote=False))
 
 
 def asked_for(record: dict[str, Any]) -> str:

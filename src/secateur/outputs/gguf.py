@@ -20,6 +20,7 @@ import torch
 
 import secateur
 from secateur.checkpoint.exported_gguf import CONFIG_KEY, TABLE_KEY, interleave
+from secateur.checkpoint.writer import sync_folder
 from secateur.errors import OutputError
 from secateur.outputs import gguf_arch
 from secateur.outputs.gguf_arch import Entry
@@ -146,6 +147,7 @@ def export(
         notes += _on_zeros(stream.checkpoint.folder)
         size = beside.stat().st_size
         os.replace(beside, path)
+        sync_folder(path.parent)
     finally:
         beside.unlink(missing_ok=True)
     return Exported(path, arch, size, notes)

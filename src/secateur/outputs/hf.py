@@ -11,6 +11,7 @@ import torch
 
 from secateur.anatomy import Anatomy
 from secateur.checkpoint import Checkpoint
+from secateur.checkpoint.base import linked_away
 from secateur.checkpoint.writer import write_bytes, write_json, write_tensors
 from secateur.errors import OutputError
 from secateur.modules import MODELING_FILE, kind_of, modeling_file, pruned_type
@@ -247,11 +248,25 @@ def stock_groups(checkpoint: Checkpoint, anatomy: Anatomy) -> tuple[int, ...]:
     return (*legal, anatomy.kv_heads)
 
 
+def check_own(path: Path, folder: Path) -> None:
+    """Refuse to copy what a link in a model's folder points to: the folder may be anybody's.
+
+    Raises:
+        OutputError: the link leaves the folder.
+    """
+    if linked_away(path, folder):
+        raise OutputError(
+            f"{path} is a link to {path.resolve()}, which would be copied into the output: put a "
+            "copy of the file in its place if it belongs to the model, or remove the link"
+        )
+
+
 def copy_companions(folder: Path, checkpoint: Checkpoint) -> None:
     """Tokenizer, chat template, generation config and licence, as they are in the source."""
     for name in COPIED:
         path = checkpoint.folder / name
         if path.is_file():
+            check_own(path, checkpoint.folder)
             write_bytes(folder / name, path.read_bytes())
     if not (checkpoint.folder / "generation_config.json").is_file():
         from transformers import GenerationConfig

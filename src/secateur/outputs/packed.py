@@ -13,9 +13,9 @@ import torch
 from secateur.checkpoint import Checkpoint
 from secateur.checkpoint.packed import PACKED_TYPE, TYPE_KEY, pack, worth_packing
 from secateur.checkpoint.safetensors_folder import SafetensorsCheckpoint, read_header
-from secateur.checkpoint.writer import write_json, write_tensors
+from secateur.checkpoint.writer import copy_file, sync_folder, write_json, write_tensors
 from secateur.errors import OutputError
-from secateur.outputs.hf import INDEX
+from secateur.outputs.hf import INDEX, check_own
 
 NOTE = (
     "only Secateur opens a packed folder: no program that is maintained stores zeros; "
@@ -52,7 +52,8 @@ def repack(
         weights = {path.name for path in checkpoint.files}
         for path in sorted(checkpoint.folder.iterdir()):
             if path.is_file() and path.name not in {*weights, INDEX, "config.json"}:
-                shutil.copyfile(path, beside / path.name)
+                check_own(path, checkpoint.folder)
+                copy_file(path, beside / path.name)
         weight_map: dict[str, str] = {}
         total = 0
         for file in checkpoint.files:
@@ -75,7 +76,9 @@ def repack(
         if packed:
             config |= {"model_type": PACKED_TYPE, TYPE_KEY: config["model_type"]}
         write_json(beside / "config.json", config)
+        sync_folder(beside)
         os.replace(beside, out)
+        sync_folder(out.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return checkpoint.nbytes, sum((out / name).stat().st_size for name in weights)

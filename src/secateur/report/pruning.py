@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.checkpoint.writer import write_bytes
 from secateur.outputs.hf import RECORD
+from secateur.plans import STEPS
 from secateur.report.charts import Bar, Point, Series, bar_chart, column_chart, key, line_chart
 from secateur.report.page import render
 
@@ -101,6 +102,11 @@ def pruning_page(record: Mapping[str, Any], facts: RunFacts) -> str:
         error_series=errors["series"],
         trials=_trials_chart(record["layer_stage"]["trials"]),
         blocks=blocks,
+        steps=[
+            f"block {block['source']}, {line}"
+            for block in plan["blocks"]
+            for line in block.get("notes", {}).get(STEPS, [])
+        ],
         calibration=_calibration(record),
         sha256=record["calibration"]["sha256"],
         yaml=yaml.safe_dump(_said(record["recipe"]), sort_keys=False, allow_unicode=True).rstrip(),

@@ -117,8 +117,10 @@ def bases_file(block: int, blocks: int) -> str:
     return f"secateur_plan-{block + 1:05d}-of-{blocks:05d}.safetensors"
 
 
-def write_bases(folder: Path, block: int, blocks: int, bases: Sequence[torch.Tensor]) -> None:
-    """Write the file that :class:`StoredBases` reads.
+def write_bases(
+    folder: Path, block: int, blocks: int, bases: Sequence[torch.Tensor]
+) -> dict[str, str]:
+    """Write the file that :class:`StoredBases` reads; return its name with its SHA-256.
 
     Args:
         bases: in front of each stage of the block and behind the last.
@@ -126,7 +128,8 @@ def write_bases(folder: Path, block: int, blocks: int, bases: Sequence[torch.Ten
     named = {f"basis.{place}": basis for place, basis in enumerate(bases)}
     if block > 0:
         del named["basis.0"]  # behind the block before
-    write_tensors(folder / bases_file(block, blocks), named)
+    name = bases_file(block, blocks)
+    return {name: write_tensors(folder / name, named)}
 
 
 @dataclass

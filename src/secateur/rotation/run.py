@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from secateur.anatomy import describe_residual
-from secateur.checkpoint.writer import Journal, write_bytes, write_json
+from secateur.checkpoint.writer import (
+    Journal,
+    is_whole,
+    newest_blocks,
+    write_bytes,
+    write_json,
+)
 from secateur.errors import OutputError, RecipeError
 from secateur.estimate import Estimate, check_memory, estimate, parse_limit
 from secateur.forms import Form, Target
@@ -165,11 +171,9 @@ class RotationRun(Opened):
         folder = journal.model if any(journal.model.glob("*")) else journal.out
         plan.bases = StoredBases(folder if journal.find("files") else journal.model, blocks)
         done = {
-            entry["value"]["source"]: BlockCut(
-                entry["value"]["source"], notes=entry["value"]["notes"]
-            )
-            for entry in journal.entries
-            if entry["kind"] == "block"
+            value["source"]: BlockCut(value["source"], notes=value["notes"])
+            for value in newest_blocks(journal)
+            if is_whole({folder / name: digest for name, digest in value["sha256"].items()})
         }
         if done:
             self.progress.note(f"continuing: {len(done)} of {blocks} blocks are finished")
@@ -177,14 +181,15 @@ class RotationRun(Opened):
         def sink(cut: BlockCut, state: Tensors, bases: list[Any]) -> None:
             number = cut.source
             tensors = rotate_block(state, self.residual, bases, self.dtype)
-            write_bases(journal.model, number, blocks, bases)
+            of_bases = write_bases(journal.model, number, blocks, bases)
             digest = hf.write_shard(
                 journal.model, plan, cut, tensors, number=number, blocks=blocks, dtype=self.dtype
             )
-            journal.add("block", {"source": number, "sha256": digest, "notes": cut.notes})
+            digests = {hf.shard_name(number, blocks): digest, **of_bases}
+            journal.add("block", {"source": number, "sha256": digests, "notes": cut.notes})
             self.check_unchanged(journal)
 
-        if journal.find("files") is None:
+        if journal.find("files") is None or len(done) < blocks:
             tokens = self.windows.tokens
             find_bases(self.stream, self.method, plan, tokens, self.progress, sink=sink, done=done)
             self._write_rest(journal, plan)

@@ -19,6 +19,8 @@ from bisect import bisect_left
 import torch
 
 from secateur.solvers.inverses import Inverse
+from secateur.solvers.ladder import factors, solve
+from secateur.solvers.ladder import inverse as inverse_matrix
 
 
 class GreedyOrder:
@@ -95,12 +97,12 @@ class GreedyOrder:
         inputs = self._inputs(chosen)
         done = self._factor[: self._used]
         columns = self._inverse.columns(inputs) - done.T @ done[:, inputs]
-        block = torch.linalg.inv(columns[inputs])
+        block = inverse_matrix(columns[inputs])
         own = self._left[inputs]
         taken = block @ own
         self._errors.append(self._errors[-1] + float((taken * own).sum()))
         self._left.addmm_(columns, taken, alpha=-1)
-        rows = torch.linalg.cholesky((block + block.T) / 2).T @ columns.T
+        rows = factors(((block + block.T) / 2)[None])[0].T @ columns.T
         self._remember(rows)
         part = rows.reshape(len(rows), len(self._blocks), self._unit).permute(1, 2, 0)
         self._blocks -= part @ part.mT
@@ -125,4 +127,4 @@ class GreedyOrder:
         if self._unit == 1:
             return torch.linalg.vector_norm(self._left, dim=1).square() / self._blocks[:, 0, 0]
         own = self._left.reshape(len(self._blocks), self._unit, -1)
-        return (torch.linalg.solve(self._blocks, own) * own).sum((1, 2))
+        return (solve(self._blocks, own) * own).sum((1, 2))

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+from secateur.solvers.ladder import factors
+
 #: Values of the systems that are solved in one batch: 32 MiB in float32.
 VALUES_PER_BATCH = 2**23
 #: Systems of a batch have sizes up to this apart; smaller ones are filled up with the identity.
@@ -119,7 +121,7 @@ def in_batches(
             index[torch.arange(n, device=index.device) >= sizes[batch, None]] = width
             systems = extended[index[:, :, None], index[:, None, :]]
             systems.diagonal(dim1=1, dim2=2).add_((index == width).to(matrix.dtype))
-            use(batch, index, torch.linalg.cholesky(systems))
+            use(batch, index, factors(systems))
 
 
 def entries(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

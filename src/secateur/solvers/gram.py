@@ -18,12 +18,17 @@ from typing import Literal
 
 import torch
 
+from secateur.solvers.ladder import (
+    DAMPINGS,
+    FLOAT64,
+    LEAST_SQUARES,
+    MORE_DAMPING,
+    RCOND,
+    climbed,
+)
 from secateur.statistics import Moments
 
 Order = Literal["condition", "condition-literal", "energy", "obs", "random"]
-
-#: Dampings tried one after the other until a Cholesky factor exists, as shares of mean diag G.
-LADDER = (1.0, 1e2, 1e4, 1e6)
 
 
 def gram(weight: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
@@ -65,9 +70,10 @@ class GramForm:
     """
 
     def __init__(self, weight: torch.Tensor, moments: Moments) -> None:
-        self._weight = weight.float()
+        self._weight = _safe(weight.float(), "a weight")
         self._moments = moments
-        self._rows = moments.rows
+        rows = moments.rows
+        self._rows = None if rows is None else _safe(rows, "an activation")
         self._second = moments.second if self._rows is None else None
 
     def __len__(self) -> int:
@@ -77,7 +83,7 @@ class GramForm:
         """G_jj, what input j puts out alone, (q,), float64."""
         energy = torch.zeros(len(self), dtype=torch.float64, device=self._weight.device)
         for rows in self._weight.split(PANEL):
-            energy += rows.square().sum(0, dtype=torch.float64)
+            energy += rows.double().square().sum(0)
         return energy * self._moments.squares / self._moments.tokens
 
     def of_groups(self, width: int) -> torch.Tensor:
@@ -106,6 +112,14 @@ class GramForm:
         return moment.mul_(weights).div_(self._moments.tokens)
 
 
+def _safe(values: torch.Tensor, what: str) -> torch.Tensor:
+    """The values in float64 where products of them would not fit float32."""
+    if not values.numel() or float(values.abs().max()) < 1e17:
+        return values
+    climbed(FLOAT64, f"{what} above 1e17")
+    return values.double()
+
+
 def literal_gram(weight: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """A^T A with A = W Diag(E[x]), as Eq. 4 of the paper reads by the letter; (q, q), float64."""
     w = weight.to(torch.float64)
@@ -123,22 +137,34 @@ def damped(g: torch.Tensor, share: float) -> torch.Tensor:
 
 
 def cholesky(g: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Lower Cholesky factor of the damped G, with more damping where it fails.
+    """Lower Cholesky factor of the damped G, down the steps of :mod:`~secateur.solvers.ladder`.
+
+    Where no damping helps, G has eigenvalues far below zero, which no second moment has: the
+    nearest matrix without them is taken.
 
     Returns:
         the damped matrix, its factor, and the share of damping that it took.
 
     Raises:
-        ArithmeticError: G is not finite, or no damping helps.
+        ArithmeticError: G is not finite.
     """
     if not bool(torch.isfinite(g).all()):
         raise ArithmeticError("the Gram matrix is not finite")
-    for step in LADDER:
+    for step in DAMPINGS:
         matrix = damped(g, share * step)
         factor, info = torch.linalg.cholesky_ex(matrix)
         if int(info) == 0 and bool(torch.isfinite(factor.diagonal()).all()):
+            if step > 1:
+                climbed(MORE_DAMPING, f"{share * step:g} of the mean diagonal")
             return matrix, factor, share * step
-    raise ArithmeticError("the Gram matrix has no Cholesky factor under any damping")
+    climbed(LEAST_SQUARES)
+    values, vectors = torch.linalg.eigh((g + g.T) / 2)
+    floor = float(values[-1].clamp(min=1.0)) * RCOND + share * float(g.diagonal().mean().abs())
+    matrix = (vectors * (values.clamp(min=0) + floor)) @ vectors.T
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) != 0 or not bool(torch.isfinite(factor.diagonal()).all()):
+        raise ArithmeticError("the Gram matrix has no Cholesky factor under any damping")
+    return matrix, factor, share * DAMPINGS[-1]
 
 
 def cholesky_in_place(matrix: torch.Tensor) -> bool:

@@ -14,7 +14,8 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from secateur.solvers.gram import LADDER, PANEL, cholesky, cholesky_in_place, inverse_of
+from secateur.solvers.gram import PANEL, cholesky, cholesky_in_place, inverse_of
+from secateur.solvers.ladder import DAMPINGS, MORE_DAMPING, climbed
 from secateur.statistics import Moments
 
 
@@ -80,11 +81,13 @@ class InverseOfFew(Inverse):
         if not bool(torch.isfinite(inner).all()):
             raise ArithmeticError("the tokens are not finite")
         mean = float(inner.trace()) / (tokens * width)
-        for step in LADDER:
+        for step in DAMPINGS:
             self._damping = damping * step * mean if mean > 0 else 1.0
             matrix = inner.clone()
             matrix.diagonal().add_(self._damping * tokens)
             if cholesky_in_place(matrix):
+                if step > 1:
+                    climbed(MORE_DAMPING, f"{damping * step:g} of the mean diagonal")
                 break
         else:
             raise ArithmeticError("the tokens have no Cholesky factor under any damping")

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import torch
 
-from secateur.solvers.gram import LADDER, Ordered, cholesky_in_place
+from secateur.solvers.gram import Ordered, cholesky, cholesky_in_place
+from secateur.solvers.ladder import DAMPINGS, MORE_DAMPING, NO_TUNING, climbed
 
 #: A scale outside of this band is a sign of an ill-posed fit, not of a good one.
 GUARD = 10.0
@@ -87,7 +88,7 @@ def _factored(
     Raises:
         ArithmeticError: G is not finite, or no damping helps.
     """
-    for step in LADDER:
+    for step in DAMPINGS:
         matrix = ordered(order)
         mean = matrix.diagonal().mean()
         if not bool(torch.isfinite(mean)):
@@ -98,11 +99,17 @@ def _factored(
             matrix.diagonal().add_(damping * step * mean)
         right = matrix.sum(1, keepdim=True)
         if cholesky_in_place(matrix):
+            if step > 1:
+                climbed(MORE_DAMPING, f"{damping * step:g} of the mean diagonal")
             return matrix, right, damping * step
-    raise ArithmeticError("the Gram matrix has no Cholesky factor under any damping")
+    matrix, factor, used = cholesky(ordered(order), damping)  # and by least squares
+    return factor, matrix.sum(1, keepdim=True), used
 
 
 def guarded(scales: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """The scales, or all ones if any lies outside the guard band; and whether they were kept."""
     good = bool(torch.isfinite(scales).all()) and bool((scales.abs() <= GUARD).all())
-    return (scales, True) if good else (torch.ones_like(scales), False)
+    if good:
+        return scales, True
+    climbed(NO_TUNING, f"a scale is beyond {GUARD:g}")
+    return torch.ones_like(scales), False

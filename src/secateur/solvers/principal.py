@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from secateur.solvers.ladder import LEAST_SQUARES, climbed
+
 #: Tokens whose outer products are summed in one float64 product.
 TOKENS_AT_ONCE = 4096
 #: Added to the diagonal, of its mean.
@@ -58,7 +60,15 @@ def principal_directions(
         # A negative eigenvalue, below all others, for the direction (1, ..., 1) / sqrt(d).
         below = float(damped.diagonal().sum()) + 1.0
         damped = damped - 2 * below / width
-    values, vectors = torch.linalg.eigh(damped)
+    try:
+        values, vectors = torch.linalg.eigh(damped)
+    except (
+        RuntimeError
+    ):  # torch's LinAlgError is one: the iteration did not end; that of the SVD does
+        climbed(LEAST_SQUARES, "singular vectors")
+        vectors = torch.linalg.svd(damped).U
+        values, order = (vectors.T @ damped @ vectors).diagonal().sort()
+        vectors = vectors[:, order]
     values, vectors = values.flip(0), vectors.flip(1)
     values = (values - damping).clamp_min(0)
     place = vectors.abs().argmax(0)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
+from secateur.solvers.ladder import DAMPINGS, MORE_DAMPING, NO_TUNING, climbed
 from secateur.statistics import Moments
 
 #: Pulls to the original weights that are tried, as shares of mean diag H.
@@ -116,10 +117,19 @@ class OfFew:
         """R (X_S X_S^T + s T I)^-1, (p, T)."""
         tokens, inputs = self._x.shape
         mean = self._inner.trace() / (tokens * inputs)
-        matrix = self._inner.clone()
-        matrix.diagonal().add_(tokens * (float(pull * mean) if bool(mean > 0) else 1.0))
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        return None if int(info) else torch.cholesky_solve(self.lost.T, factor).T
+        first = tokens * (float(pull * mean) if bool(mean > 0) else 1.0)
+        for step in DAMPINGS:  # see :func:`refit`
+            matrix = self._inner.clone()
+            matrix.diagonal().add_(first * step)
+            factor, info = torch.linalg.cholesky_ex(matrix)
+            if int(info) == 0:
+                found = torch.cholesky_solve(self.lost.T, factor).T
+                if bool(torch.isfinite(found).all()):
+                    if step > 1:
+                        climbed(MORE_DAMPING, f"a pull of {pull * step:g}")
+                    return found
+        climbed(NO_TUNING)
+        return None
 
 
 def refit(
@@ -129,14 +139,24 @@ def refit(
     w = weight.to(torch.float64)
     inner = second[kept][:, kept].clone()
     mean = inner.diagonal().mean()
-    s = float(pull * mean) if bool(mean > 0) else 1.0
-    inner.diagonal().add_(s)
-    right = w @ second[:, kept] + s * w[:, kept]
-    factor, info = torch.linalg.cholesky_ex(inner)
-    if int(info) != 0:
-        return w[:, kept]
-    half = torch.linalg.solve_triangular(factor, right.T, upper=False)
-    return torch.linalg.solve_triangular(factor.T, half, upper=True).T
+    first = float(pull * mean) if bool(mean > 0) else 1.0
+    before = 0.0
+    for step in DAMPINGS:  # damping is the pull here: the more of it, the less is fitted
+        s = first * step
+        inner.diagonal().add_(s - before)
+        before = s
+        factor, info = torch.linalg.cholesky_ex(inner)
+        if int(info) != 0:
+            continue
+        right = w @ second[:, kept] + s * w[:, kept]
+        half = torch.linalg.solve_triangular(factor, right.T, upper=False)
+        found = torch.linalg.solve_triangular(factor.T, half, upper=True).T
+        if bool(torch.isfinite(found).all()):
+            if step > 1:
+                climbed(MORE_DAMPING, f"a pull of {pull * step:g}")
+            return found
+    climbed(NO_TUNING)
+    return w[:, kept]
 
 
 def output_error(

@@ -29,6 +29,8 @@ import torch
 
 from secateur.solvers.compensation import all_at_once, entries, in_batches, one_by_one
 from secateur.solvers.gram import cholesky
+from secateur.solvers.ladder import FLOAT64, NO_TUNING, climbed
+from secateur.solvers.ladder import inverse as inverse_matrix
 from secateur.solvers.patterns import lowest, lowest_in_groups, lowest_in_rows, removal_sets
 from secateur.sparsity import Pattern
 
@@ -89,7 +91,7 @@ def inverse_factor(second: torch.Tensor, damping: float) -> tuple[torch.Tensor, 
         U, (q, q), float64, and the damping that it took.
 
     Raises:
-        ArithmeticError: H is not finite, or no damping helps.
+        ArithmeticError: H is not finite.
     """
     _, factor, share = cholesky(second.flip(0, 1), damping)
     unit = torch.eye(len(second), dtype=second.dtype, device=second.device)
@@ -123,10 +125,35 @@ def remove(
         count: weights that go, where it is not.
 
     Raises:
-        ArithmeticError: H is not finite, or no damping helps.
+        ArithmeticError: H is not finite.
         RecipeError: a group has too many patterns to compare.
     """
+    for dtype in (torch.float32, torch.float64):
+        try:
+            found = _removed(weight, second, pattern, count, how, dtype)
+        except ArithmeticError:
+            if dtype is torch.float64:
+                raise
+        else:
+            if bool(torch.isfinite(found.weight).all()):
+                return found
+        if dtype is torch.float32:
+            climbed(FLOAT64)
+    climbed(NO_TUNING)
+    return Sparse(weight.float().masked_fill(found.mask, 0), found.mask)
+
+
+def _removed(
+    weight: torch.Tensor,
+    second: torch.Tensor,
+    pattern: Pattern,
+    count: int,
+    how: Removal,
+    dtype: torch.dtype,
+) -> Sparse:
+    """:func:`remove` in one type."""
     left, second = without_dead(weight, second)
+    left = left.to(dtype)
     upper = inverse_factor(second, how.damping)[0].to(left.dtype)
     width = left.shape[1]
     step = width if how.block is None else min(how.block, width)
@@ -148,7 +175,7 @@ def remove(
             error = COMPENSATE[how.compensate_by](block, chosen, factor)
         left[:, start:] -= error @ upper[start:end, start:]
         block[chosen] = 0
-    return Sparse(left, mask)
+    return Sparse(left.float(), mask)
 
 
 def relative_error(weight: torch.Tensor, new: torch.Tensor, second: torch.Tensor) -> float:
@@ -248,7 +275,7 @@ def _best_pattern(
     inverse = factor.T @ factor
     sets = removal_sets(pattern.kept, pattern.group).to(group.device)
     blocks = inverse[sets[:, :, None], sets[:, None, :]]  # (patterns, n, n)
-    solved = torch.linalg.inv(blocks.double()).to(group.dtype)
+    solved = inverse_matrix(blocks.double()).to(group.dtype)
     of = group.T[sets].transpose(1, 2)  # (patterns, p, n)
     z = of @ solved
     best = (z * of).sum(2).argmin(0)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 
+from secateur.solvers.ladder import NO_TUNING, climbed
+
 #: Pulls that are tried, as shares of mean diag H.
 PULLS = (0.03, 0.1, 0.3, 1.0, 3.0)
 #: Steps between two of them: each starts from the one before.
@@ -91,4 +93,7 @@ def polish(
         new = (residual * along).sum(1, keepdim=True)
         direction = along + (new / height.clamp(min=tiny)) * direction
         height = new
-    return x
+    if bool(torch.isfinite(x).all()):
+        return x
+    climbed(NO_TUNING, "the fit overflowed")
+    return weight
