@@ -516,8 +516,10 @@ def test_work_that_prune_does_not_go_on_from_is_not_counted(
 def test_time_left_goes_by_finished_cells(stand_in: type[StandIn], tmp_path: Path) -> None:
     cells = make_cells(methods=["comp", "obs"], remove=["1%", "2%", "3%"])
     with Folder(tmp_path / "out", tmp_path / "model") as folder:
-        state = run._Run("model", folder, cells, {}, keep=False, max_memory=None, device="cpu",
-                         trust_remote_code=False, progress=run.Progress(), executor=None)  # fmt: skip
+        state = run._Run(
+            "model", folder, cells, {}, keep=False, max_memory=None, device="cpu",
+            trust_remote_code=False, progress=run.Progress(), executor=None,
+        )  # fmt: skip
         assert state.seconds_left() is None
         state.results["comp-1-seed0"] = {"wall": 10.0}
         assert state.seconds_left() == 50.0  # five cells like the only one known
