@@ -283,7 +283,10 @@ def test_a_wild_fit_is_not_taken(model_folder: Folder, monkeypatch: pytest.Monke
     monkeypatch.setattr("secateur.solvers.mask_tuning.GUARD", 0.5)
     made = recipe(options={"shares": "uniform", "groups": "keep"})
     plan = make_plan(model_folder("opt"), made).plan
-    assert all(cut.notes == {"tuned": {"fc2": False}} and not cut.scales for cut in plan.blocks)
+    for cut in plan.blocks:
+        assert cut.notes["tuned"] == {"fc2": False}
+        assert cut.steps == [f"block {cut.source}, fc2: no tuning (a scale is beyond 0.5)"]
+        assert not cut.scales
 
 
 def test_without_tuning_the_cut_runs_no_block(

@@ -147,7 +147,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
             raise SourceError(f"{index} names no tensor")
         files: dict[Path, set[str]] = {}
         for name, shard in items:
-            if Path(shard).name != shard:
+            if Path(shard).name != shard or len(shard.encode(errors="replace")) > 255:
                 raise SourceError(
                     f"{index} names shard {shard!r}: a shard must lie in the folder itself"
                 )
