@@ -17,9 +17,12 @@ from secateur.plans import BlockCut
 from secateur.pruning import prune
 from secateur.recipe import make_recipe
 from secateur.report.pruning import PAGE
-from secateur.solvers import brain_surgeon, ladder, removal, sparse_fit
-from secateur.solvers.gram import cholesky, gram
+from secateur.solvers import ladder, removal, sparse_fit
+from secateur.solvers.brain_surgeon import GreedyOrder
+from secateur.solvers.gram import cholesky, gram, ordering
+from secateur.solvers.inverses import WholeInverse
 from secateur.solvers.mask_tuning import MaskCurve, guarded
+from secateur.solvers.refit import refit
 from secateur.sparsity import Pattern
 from secateur.statistics import Channels, Moments
 
@@ -72,13 +75,13 @@ def test_zeros_of_a_bad_matrix_are_finite(kind: str, way: str, pattern: Pattern)
 def test_units_and_fits_of_a_bad_matrix_are_finite(kind: str) -> None:
     second = second_moment(kind)
     for unit in (1, 4):
-        order = brain_surgeon.GreedyOrder(weight, second, unit=unit, damping=1e-12)
+        order = GreedyOrder(weight, WholeInverse(second, 1e-12), unit=unit)
         assert sorted(order.order.tolist()) == list(range(Q))
         kept = order.kept(8)
         for pull in (1e-14, 0.1):
-            fitted = brain_surgeon.refit(weight, second, kept, pull)
+            fitted = refit(weight, second, kept, pull)
             assert bool(torch.isfinite(fitted).all())
-    curve = MaskCurve(gram(weight, second), torch.arange(Q).double(), 1e-12)
+    curve = MaskCurve(ordering(gram(weight, second)), torch.arange(Q).double(), 1e-12)
     scales, _ = guarded(curve.tuned(8))
     assert bool(torch.isfinite(scales).all())
     polished = sparse_fit.polish(
@@ -97,7 +100,7 @@ def test_a_good_matrix_takes_no_step() -> None:
     second = second_moment("good")
     assert steps(lambda: cholesky(second, 0.01)) == []
     assert steps(lambda: removal.remove(weight, second, Pattern(0.5), 48, WAYS["apt MM"])) == []
-    assert steps(lambda: brain_surgeon.GreedyOrder(weight, second, unit=4)) == []
+    assert steps(lambda: GreedyOrder(weight, WholeInverse(second, 0.01), unit=4)) == []
 
 
 def test_more_damping_is_told_with_its_amount() -> None:
@@ -106,7 +109,7 @@ def test_more_damping_is_told_with_its_amount() -> None:
     told = steps(lambda: cholesky(second, 1e-3))
     assert told == ["down: more damping (0.1 of the mean diagonal)"]
     kept = torch.arange(4)
-    told = steps(lambda: brain_surgeon.refit(weight[:, :4], second, kept, 1e-3))
+    told = steps(lambda: refit(weight[:, :4], second, kept, 1e-3))
     assert told == ["down: more damping (a pull of 0.1)"]
 
 

@@ -176,7 +176,7 @@ def cholesky_in_place(matrix: torch.Tensor) -> bool:
     # LAPACK fills a matrix by columns; the transposed one is that without a copy.
     by_columns = matrix.mT
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
-    torch.linalg.cholesky_ex(by_columns, upper=True, out=(by_columns, info))
+    _, info = torch.linalg.cholesky_ex(by_columns, upper=True, out=(by_columns, info))
     return int(info) == 0 and bool(torch.isfinite(matrix.diagonal()).all())
 
 
