@@ -92,16 +92,18 @@ def estimate(
     # the head is never read.
     outside = 10 * (anatomy.outside_parameters if heads else vocabulary * hidden)
     outside += 4 * 3 * vocabulary * min(length, TOKENS_PER_HEAD_CALL) if heads else 0
-    block = 10 * anatomy.block_parameters  # in the module, what is new of it masked, sliced
+    # In the module, with what is read into it; and later what is new of it masked, and sliced.
+    held, block = 6 * anatomy.block_parameters, 10 * anatomy.block_parameters
     few = 2 * tokens <= widest
     copies = GRAM_COPIES_OF_FEW if few else GRAM_COPIES
     grams = round(8 * copies * widest * widest)
     grams += sum(4 * w * (tokens if 2 * tokens <= w else 2 * w) for w in widths.values())
+    matrices = max(held + grams, block)
     parts = {
         "program": BASE + overhead,
-        "a block and its matrices": block + grams,
+        "a block and its matrices": matrices,
         # The two are never needed together, but not all freed memory is given back.
-        "embeddings and logits": max(outside - block - grams, min(outside, NOT_GIVEN_BACK)),
+        "embeddings and logits": max(outside - matrices, min(outside, NOT_GIVEN_BACK)),
         "activations": 4 * batch * (3 * ffn + 4 * states + 6 * hidden) + 4 * tokens * hidden * 3,
         "block boundaries": min(4 * tokens * hidden * (anatomy.layers + 1), IN_MEMORY),
     }
