@@ -270,7 +270,8 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "longer than tensors": (
         weights(lambda b: b + b"xx"),
-        "tensor <*> cannot be read from {src}/model.safetensors: <*>",
+        "{src}/model.safetensors is damaged: its tensors end at byte <*>, the file has <*>"
+        + DAMAGED,
     ),
     "header longer than the file": (
         weights(lambda b: struct.pack("<Q", 2**63) + b[8:]),
@@ -415,7 +416,6 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
 #: Noticed only when weights or tokenizer are read, after the estimate was shown.
 LATE = {
     "NaN", "infinity", "no tokenizer", "tokenizer is no JSON", "tokenizer of another kind",
-    "longer than tensors",
 }  # fmt: skip
 
 

@@ -113,12 +113,18 @@ class Stream:
             if name.startswith(prefix)
         }
 
-    def read_outside(self, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-        """Everything that is not in a block: embeddings, final norm, head; tied ones once."""
+    def read_outside(
+        self, dtype: torch.dtype | None = None, *, head: bool = True
+    ) -> dict[str, torch.Tensor]:
+        """Everything that is not in a block: embeddings, final norm, head; tied ones once.
+
+        Args:
+            head: also a head of its own, which is as large as the embedding.
+        """
         return {
             name: self.checkpoint.read(stored, dtype)
             for name, stored in self._names.items()
-            if not name.startswith(self._prefix)
+            if not name.startswith(self._prefix) and (head or not name.startswith(self._head))
         }
 
     def stored_parameters(self) -> dict[str, torch.Tensor]:
@@ -157,14 +163,14 @@ class Stream:
         """The parts outside the blocks, in memory, after rounding to a type; they go at the end.
 
         Args:
-            head: also a head of its own, which is as large as the embedding.
+            head: see :meth:`read_outside`.
         """
+        read = self.read_outside(rounded, head=head)
         state = {}
-        for name, stored in self._names.items():
-            if not name.startswith(self._prefix) and (head or not name.startswith(self._head)):
-                tensor = self.checkpoint.read(stored, rounded)
-                floating = tensor.is_floating_point()
-                state[name] = tensor.to(self.device, self.dtype) if floating else tensor
+        for name in list(read):
+            tensor = read.pop(name)
+            floating = tensor.is_floating_point()
+            state[name] = tensor.to(self.device, self.dtype) if floating else tensor
         self.model.load_state_dict(state, strict=False, assign=True)
         tie(self.model, state)
         del state

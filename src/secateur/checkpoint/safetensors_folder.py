@@ -229,6 +229,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             )
         end_of_last = end
         found[name] = info
+    if 8 + length + end_of_last < size:
+        raise SourceError(
+            f"{path} is damaged: its tensors end at byte {8 + length + end_of_last}, the file has "
+            f"{size}; fetch it again"
+        )
     return found
 
 

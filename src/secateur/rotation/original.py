@@ -69,9 +69,9 @@ class ProjectedOriginal(Stream):
     def read_block(self, index: int, dtype: torch.dtype | None = None) -> Tensors:
         return super().read_block(index, dtype) if self.rounded is None else self._lifted(index)[0]
 
-    def read_outside(self, dtype: torch.dtype | None = None) -> Tensors:
+    def read_outside(self, dtype: torch.dtype | None = None, *, head: bool = True) -> Tensors:
         if self.rounded is None:
-            return super().read_outside(dtype)
+            return super().read_outside(dtype, head=head)
         ends = self._bases(0)[0], self._bases(self.anatomy.layers - 1)[-1]
         stream = self.plan.stream
         rotated = rotate_outside(super().read_outside(), stream, *ends, self.rounded)
