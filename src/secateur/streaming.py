@@ -106,9 +106,16 @@ class Stream:
 
     def read_block(self, index: int, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
         """Parameters and persistent buffers of one block by their name inside it."""
+        return {
+            name: self.checkpoint.read(stored, dtype)
+            for name, stored in self._stored_of_block(index).items()
+        }
+
+    def _stored_of_block(self, index: int) -> dict[str, str]:
+        """Stored names of a block's tensors by their name inside it."""
         prefix = f"{self._prefix}{index}."
         return {
-            name.removeprefix(prefix): self.checkpoint.read(stored, dtype)
+            name.removeprefix(prefix): stored
             for name, stored in self._names.items()
             if name.startswith(prefix)
         }
@@ -139,17 +146,13 @@ class Stream:
         """The values of one parameter by its name in the model."""
         return self.checkpoint.read(self._names[name], dtype)
 
-    def _stored_of_block(self, index: int) -> list[str]:
-        prefix = f"{self._prefix}{index}."
-        return [stored for name, stored in self._names.items() if name.startswith(prefix)]
-
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """The block with its weights, float as ``dtype``, on ``device``; they go at the end."""
         module = self._blocks[index]
         state = {k: v.to(self.device) for k, v in self.read_block(index, self.dtype).items()}
         # Blocks are mostly read in order: the system may fetch the next one while this one works.
-        self.checkpoint.prefetch(self._stored_of_block(index + 1))
+        self.checkpoint.prefetch(self._stored_of_block(index + 1).values())
         module.load_state_dict(state, strict=True, assign=True)
         del state
         try:

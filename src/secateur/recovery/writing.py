@@ -12,7 +12,7 @@ from secateur.checkpoint import Checkpoint
 from secateur.checkpoint.writer import write_bytes, write_json, write_tensors
 from secateur.errors import OutputError
 from secateur.modules import MODELING_FILE
-from secateur.outputs.hf import COPIED, INDEX, PLAN_TENSORS, RECORD
+from secateur.outputs.hf import COPIED, INDEX, PLAN_TENSORS, RECORD, check_own
 from secateur.recovery.card import healed_card
 from secateur.recovery.source import Pruned, raw_config
 
@@ -53,6 +53,7 @@ def write_weights(
     write_json(folder / "config.json", config)
     for name in (*COPIED, MODELING_FILE, PLAN_TENSORS):
         if (checkpoint.folder / name).is_file():
+            check_own(checkpoint.folder / name, checkpoint.folder)
             write_bytes(folder / name, (checkpoint.folder / name).read_bytes())
 
 

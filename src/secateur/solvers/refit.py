@@ -11,7 +11,7 @@ system. S are the kept inputs, P the others; X_S is (T, q').
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -118,18 +118,14 @@ class OfFew:
         tokens, inputs = self._x.shape
         mean = self._inner.trace() / (tokens * inputs)
         first = tokens * (float(pull * mean) if bool(mean > 0) else 1.0)
-        for step in DAMPINGS:  # see :func:`refit`
+
+        def solved(step: float) -> torch.Tensor | None:
             matrix = self._inner.clone()
             matrix.diagonal().add_(first * step)
             factor, info = torch.linalg.cholesky_ex(matrix)
-            if int(info) == 0:
-                found = torch.cholesky_solve(self.lost.T, factor).T
-                if bool(torch.isfinite(found).all()):
-                    if step > 1:
-                        climbed(MORE_DAMPING, f"a pull of {pull * step:g}")
-                    return found
-        climbed(NO_TUNING)
-        return None
+            return None if int(info) else torch.cholesky_solve(self.lost.T, factor).T
+
+        return _with_a_pull(pull, solved)
 
 
 def refit(
@@ -140,23 +136,37 @@ def refit(
     inner = second[kept][:, kept].clone()
     mean = inner.diagonal().mean()
     first = float(pull * mean) if bool(mean > 0) else 1.0
-    before = 0.0
-    for step in DAMPINGS:  # damping is the pull here: the more of it, the less is fitted
+    diagonal = inner.diagonal().clone()
+
+    def solved(step: float) -> torch.Tensor | None:
         s = first * step
-        inner.diagonal().add_(s - before)
-        before = s
+        inner.diagonal().copy_(diagonal + s)
         factor, info = torch.linalg.cholesky_ex(inner)
         if int(info) != 0:
-            continue
+            return None
         right = w @ second[:, kept] + s * w[:, kept]
         half = torch.linalg.solve_triangular(factor, right.T, upper=False)
-        found = torch.linalg.solve_triangular(factor.T, half, upper=True).T
-        if bool(torch.isfinite(found).all()):
+        return torch.linalg.solve_triangular(factor.T, half, upper=True).T
+
+    found = _with_a_pull(pull, solved)
+    return w[:, kept] if found is None else found
+
+
+def _with_a_pull(
+    pull: float, solved: Callable[[float], torch.Tensor | None]
+) -> torch.Tensor | None:
+    """What a fit gives with the pull times the first step of the ladder at which it is finite.
+
+    Damping is the pull here: the more of it, the less is fitted.
+    """
+    for step in DAMPINGS:
+        found = solved(step)
+        if found is not None and bool(torch.isfinite(found).all()):
             if step > 1:
                 climbed(MORE_DAMPING, f"a pull of {pull * step:g}")
             return found
     climbed(NO_TUNING)
-    return w[:, kept]
+    return None
 
 
 def output_error(
