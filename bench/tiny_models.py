@@ -1,11 +1,13 @@
-"""Methods on the small trained models of the tests: perplexity after losing 10% and 20%.
+"""Methods on the small trained models of the tests: perplexity of what is left of them.
 
     python bench/tiny_models.py tests/models/tiny-mamba --text stdlib
+    python bench/tiny_models.py tests/models/tiny-mamba --sparsity 2:4 50%
     python bench/tiny_models.py tests/models/tiny-opt --text builtin
 
 With ``stdlib``, calibration is the documentation in Python's standard library, and perplexity is
 taken on modules that the models have not been trained on (``stdlib_text.py``); with ``builtin``,
-both are the built-in passages. Shares are of the decoder. Prints a Markdown table.
+both are the built-in passages. Shares are of the decoder; ``--sparsity`` makes zeros instead.
+Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -40,6 +42,16 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "flap": ("flap", {}),
     "obs": ("obs", OPEN),
 }
+#: Those that make zeros.
+SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
+    "magnitude": ("magnitude", {}),
+    "wanda": ("wanda", {}),
+    "ria": ("ria", {}),
+    "sparsegpt": ("sparsegpt", {}),
+    "apt SM": ("apt", {"solution": "SM"}),
+    "apt MS": ("apt", {"solution": "MS"}),
+    "apt": ("apt", {}),
+}
 
 
 def texts(kind: str, folder: Path) -> tuple[str, str]:
@@ -58,27 +70,34 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("--text", choices=["stdlib", "builtin"], default="stdlib")
     parser.add_argument("--shares", nargs="+", default=["10%", "20%"])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--sparsity", nargs="+", help="zeros to make, such as 2:4 and 50%%")
+    parser.add_argument("--leave", nargs="+", default=[], help="linear layers without zeros")
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *SPARSE])
     args = parser.parse_args()
+    known = SPARSE if args.sparsity else METHODS
+    targets = args.sparsity or args.shares
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         calibration, evaluation = texts(args.text, folder)
         measure = {"text": evaluation, "length": LENGTH, "windows": WINDOWS}
         print(f"dense: {evaluate(args.source, **measure).value:.1f}", flush=True)
-        print("| method |" + "".join(f" {share} |" for share in args.shares))
-        print("|---|" + "---|" * len(args.shares), flush=True)
-        for name in args.methods:
+        print("| method |" + "".join(f" {target} |" for target in targets))
+        print("|---|" + "---|" * len(targets), flush=True)
+        for name in args.methods or list(known):
             row = f"| {name} |"
-            for share in args.shares:
-                method, options = METHODS[name]
+            for target in targets:
+                method, options = known[name]
+                options = {**options, "leave": args.leave} if args.sparsity else options
+                asked = (
+                    {"sparsity": target} if args.sparsity else {"remove": target, "of": "decoder"}
+                )
                 recipe = make_recipe(
-                    remove=share,
-                    of="decoder",
+                    **asked,
                     method=method,
                     options=options,
                     calibration={"source": calibration, "samples": SAMPLES, "length": LENGTH},
                 )
-                out = folder / f"{name}-{share}"
+                out = folder / f"{name}-{target}"
                 try:
                     done = prune(args.source, out, recipe, verify=False)
                 except SecateurError as error:
@@ -86,6 +105,8 @@ def main() -> None:
                     continue
                 sizes, before = done.plan.sizes(), done.plan.sizes_before()
                 lost = sizes.decoder_share_removed(before)
+                if args.sparsity:
+                    lost = done.plan.zeros / sizes.decoder
                 row += f" {evaluate(out, **measure).value:.1f} ({lost:.1%}) |"
             print(row, flush=True)
 

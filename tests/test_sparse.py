@@ -565,6 +565,25 @@ def test_permuted_layers_compute_what_they_did(model_folder: Folder) -> None:
         torch.testing.assert_close(stream.forward_block(0, module, hidden), before)
 
 
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_channels_whose_order_more_than_rows_hangs_on_stay_where_they_are(
+    name: str, model_folder: Folder, tmp_path: Path
+) -> None:
+    """Convolution, decay and gate of a mixer would have to follow; so ria leaves their order."""
+    source = model_folder(name)
+    given = {"leave": ["mixer.dt_proj"]} if name == "mamba" else {}
+    asked = recipe("ria 2:4", options=given)
+    done = prune(source, tmp_path / "out", asked, verify=False)
+    found = verify(done.out, against=source)
+    assert isinstance(found, Verification)
+    assert found.max_difference <= 1e-3 * max(1.0, found.max_logit)
+    stream = Stream(open_checkpoint(source))
+    weights = stream.read_block(0)
+    kept = Stream(open_checkpoint(done.out)).read_block(0)["mixer.out_proj.weight"]
+    same = kept == weights["mixer.out_proj.weight"]
+    assert bool((same | (kept == 0)).all())
+
+
 # ---- what becomes of it ----------------------------------------------------------------------
 
 

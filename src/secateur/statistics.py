@@ -204,6 +204,25 @@ class Channels:
         return (self.squares + self.tokens * self.mean.square()).sqrt()
 
 
+def relative_to(hidden: torch.Tensor) -> torch.Tensor:
+    """What tokens are multiplied with so that errors count in relation to a hidden state.
+
+    What a sublayer puts out is added to the hidden state, and whatever reads the sum divides it by
+    its size first. So an error is worth what it is as a part of that: each token weighs
+    ``1 / mean h^2``. Without it the few tokens with massive activations decide.
+
+    Args:
+        hidden: h, (..., hidden size).
+
+    Returns:
+        square roots of the weights, whose mean is one, (tokens,) float32.
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    power = torch.cat([x.double().square().mean(-1) for x in flat.split(TOKENS_PER_CHUNK)])
+    weights = 1 / power.clamp(min=1e-6 * float(power.median()) or 1.0)
+    return (weights / weights.mean()).sqrt().float()
+
+
 S = TypeVar("S", Moments, Channels)
 
 
@@ -223,6 +242,7 @@ def gather(
     kind: type[S],
     apart: int | None = None,
     behind: Mapping[str, tuple[str, int]] | None = None,
+    factors: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[tuple[dict[str, S], dict[str, S]]]:
     """Gather statistics of each signal while ``block`` runs.
 
@@ -232,6 +252,8 @@ def gather(
             many (:meth:`Anatomy.behind`).
         kind: :class:`Moments`, or :class:`Channels`.
         apart: number of the token from which on statistics are also taken on their own.
+        factors: for signals whose tokens do not count alike, what each token is multiplied with,
+            (tokens,): see :func:`relative_to`.
 
     Yields:
         the statistics of all tokens, and of those from ``apart`` on; filled while the block runs.
@@ -245,6 +267,8 @@ def gather(
             x = signals.reshape(-1, signals.shape[-1])
             for part in (found, late):
                 part.setdefault(signal, kind.empty(x.shape[-1], x.device))
+            if factors is not None and signal in factors:
+                x = x * factors[signal][seen[signal] : seen[signal] + len(x), None]
             early = len(x) if apart is None else min(max(apart - seen[signal], 0), len(x))
             seen[signal] += len(x)
             with solving_for(signal):

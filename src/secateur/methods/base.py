@@ -167,6 +167,10 @@ class Method(AnyMethod):
         """Signals of which statistics are needed; none need no run of the model."""
         return set()
 
+    def relative(self, anatomy: Anatomy) -> set[str]:
+        """Signals whose tokens count by :func:`secateur.statistics.relative_to`."""
+        return set()
+
     def stages(self, anatomy: Anatomy) -> list[set[str]]:
         """Signals in groups whose readers are cut one group after the other, in order of the data.
 

@@ -126,6 +126,10 @@ class Chain(Method):
         """Zeros come into blocks that lose nothing too."""
         return True
 
+    def relative(self, anatomy: Anatomy) -> set[str]:
+        """As the first says: both read the same statistics."""
+        return self._first.relative(anatomy)
+
     @property
     def identical_inputs(self) -> bool:
         return False

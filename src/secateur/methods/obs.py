@@ -59,6 +59,11 @@ class ObsOptions(StructuredOptions):
         "of them where calibration text is short and the blocks are below 1 GiB in float32, since "
         "all must be in memory",
     )
+    tokens: Literal["relative", "alike"] = Field(
+        "relative",
+        description="what a token weighs in choice and fit: by the size of the hidden state that "
+        "the layer's output is added to, or all the same",
+    )
     steps: int = Field(256, ge=8, description="steps of the greedy removal in each layer")
 
 
@@ -113,6 +118,11 @@ class Obs(Structured):
                 if anatomy.denses[coupling.consumer].reads in found:
                     found |= {anatomy.denses[name].reads for name in coupling.readers}
         return found
+
+    def relative(self, anatomy: Anatomy) -> set[str]:
+        if self.options.tokens == "alike":
+            return set()
+        return {anatomy.denses[coupling.consumer].reads for coupling in anatomy.family.couplings}
 
     def removal(self, block: Block, name: str, unit: int) -> RefitRemoval:
         return RefitRemoval(block, name, unit, self.options)

@@ -89,6 +89,8 @@ class Ria(SparseMethod):
             return {}
         for coupling in anatomy.family.couplings:
             name = coupling.consumer
+            if coupling.layout or coupling.tensors or coupling.readers:
+                continue  # more would have to follow than rows of the producers
             if name not in self.layers(anatomy) or anatomy.denses[name].reads not in block.channels:
                 continue
             scores = self.scores(block.weights[name], self.squares(block, name))

@@ -20,8 +20,15 @@ from secateur.statistics import Moments
 
 #: Pulls to the original weights that are tried, as shares of mean diag H.
 PULLS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+#: Of so many rows of a weight one is fitted to find the pull: all share H, and it decides.
+ROWS_PER_SAMPLE = 8
 #: Rows of a weight that are taken to float64 at a time.
 PANEL = 1024
+
+
+def sample_of_rows(weight: torch.Tensor) -> slice:
+    """The rows of W (p, q) by which a pull is judged; all of a small one."""
+    return slice(None, None, ROWS_PER_SAMPLE if len(weight) >= 8 * ROWS_PER_SAMPLE else 1)
 
 
 def fitted_weights(
@@ -67,7 +74,11 @@ def chosen_pull(
     kept: torch.Tensor,
     pulls: Sequence[float] = PULLS,
 ) -> float | None:
-    """The pull whose fit on one part of the tokens is best on the other; None: no fit is."""
+    """The pull whose fit on one part of the tokens is best on the other; None: no fit is.
+
+    It is looked for with some of the rows of ``weight`` (:func:`sample_of_rows`).
+    """
+    weight = weight[sample_of_rows(weight)]
     rows, others = fitted.rows, held_out.rows
     if rows is None or others is None:
         return best_pull(weight, fitted.covariance, held_out.covariance, kept, pulls)

@@ -11,13 +11,12 @@ from __future__ import annotations
 import torch
 
 from secateur.solvers.ladder import NO_TUNING, climbed
+from secateur.solvers.refit import sample_of_rows
 
 #: Pulls that are tried, as shares of mean diag H.
 PULLS = (0.03, 0.1, 0.3, 1.0, 3.0)
 #: Steps between two of them: each starts from the one before.
 STEPS_PER_PULL = 5
-#: Of so many rows one is fitted to find the pull. They share H, and so much of what it asks for.
-ROWS_PER_SAMPLE = 8
 
 
 def best_pull(
@@ -35,7 +34,7 @@ def best_pull(
         original: W, (p, q), float32.
         fitted, held_out: H of the windows of the fit and of the others, (q, q), float64.
     """
-    rows = slice(None, None, ROWS_PER_SAMPLE if len(weight) >= 8 * ROWS_PER_SAMPLE else 1)
+    rows = sample_of_rows(weight)
     mask, original = mask[rows], original[rows]
     found, least, x = PULLS[0], torch.inf, weight[rows]
     judge = held_out.to(weight.dtype)
