@@ -65,18 +65,28 @@ class Folder:
     def agree(self, settings: Mapping[str, Any]) -> None:
         """Take these settings, or refuse them where cells were measured under others.
 
+        Zero-shot tasks may be added and left out; what is known of a task must be the same.
+
         Raises:
             OutputError: they would be incomparable.
         """
         path = self.path / SETTINGS
         wanted = json.loads(json.dumps(settings))
         old = _read(path) if path.is_file() else None
-        if old == wanted:
-            return
+        if old is not None:
+            before, now = old.pop("tasks", {}), wanted.pop("tasks", {})
+            both = before.keys() & now.keys()
+            shared = [{"tasks": {task: of[task] for task in both}} for of in (before, now)]
+            found = differences({**old, **shared[0]}, {**wanted, **shared[1]})
+            wanted["tasks"] = now if found else {**before, **now}
+            if not found:
+                if before.keys() != wanted["tasks"].keys():
+                    write_json(path, wanted)
+                return
         if old is not None and self._measured():
             raise OutputError(
                 f"{self.path} holds cells that were measured otherwise (different: "
-                f"{', '.join(differences(old, wanted))}): repeat that command, choose another "
+                f"{', '.join(found)}): repeat that command, choose another "
                 f"--out, or remove the folder with rm -r {self.path}"
             )
         self._cell(DENSE).unlink(missing_ok=True)
@@ -144,6 +154,11 @@ class Folder:
         place.parent.mkdir(exist_ok=True)
         shutil.rmtree(place, ignore_errors=True)  # of a cell that was removed by hand
         os.replace(self.model(cell), place)
+
+    def kept(self, cell: Cell) -> Path | None:
+        """The model of a cell that stays, if there is one."""
+        place = self.path / "models" / cell.name
+        return place if place.is_dir() else None
 
     def drop(self, cell: Cell) -> None:
         """Remove the model of a cell from where it was measured."""
