@@ -180,7 +180,10 @@ class Folder:
     def tidy(self) -> None:
         """Remove the work folder, if nothing in it can be gone on from."""
         work = self.path / "work"
-        if work.is_dir() and not any(work.glob("*.partial")):
+        if not work.is_dir() or any(work.glob("*.partial")):
+            return
+        # Of a model that lies there, but could not be measured, its piece tells.
+        if not any(piece.with_suffix("").is_dir() for piece in work.glob("*.json")):
             shutil.rmtree(work)
 
 
