@@ -47,7 +47,7 @@ def test_accuracies_are_columns(stand_in: type[StandIn], tmp_path: Path) -> None
     )
     # 0.6 * 0.4 and 0.7 * 0.3 over 19: the former is the larger, 0.1124.
     assert (
-        "\n- Zero-shot accuracy by lm-eval 0.4.13, items of local files, no examples in the "
+        "\n- Zero-shot accuracy by lm-eval 0.4.13, items from local files, no examples in the "
         "prompt, float32: boolq, the first 20 of 3,270 items; piqa, the first 20 of 1,838 items. "
         "The largest standard error of an acc is 11.2 points. The mean is that of acc, each task "
         "counted once.\n" in text
@@ -61,7 +61,7 @@ def test_one_task_has_no_mean_and_subjects_are_counted(
     text = (tmp_path / "some" / "compare.md").read_text()
     assert "| mmlu acc, % | to prune, s |" in text
     assert (
-        "\n- Zero-shot accuracy by lm-eval 0.4.13, items of hub, no examples in the prompt, "
+        "\n- Zero-shot accuracy by lm-eval 0.4.13, items from the hub, no examples in the prompt, "
         "float32: mmlu, the first 2 of each of 57 subjects, 114 of 14,042 items. The largest "
         "standard error of an acc is 4.1 points.\n" in text
     )

@@ -82,9 +82,10 @@ def zero_shot_protocol(table: Table) -> list[str]:
     if not tasks:
         return []
     about = next(iter(tasks.values()))  # of one command, so origin and version are those of all
+    where = "the hub" if about["origin"] == "hub" else about["origin"]
     asked = "; ".join(items_text(table, task) for task in tasks)
     found = (
-        f"Zero-shot accuracy by lm-eval {about['lm_eval']}, items of {about['origin']}, no "
+        f"Zero-shot accuracy by lm-eval {about['lm_eval']}, items from {where}, no "
         f"examples in the prompt, float32: {asked}."
     )
     errors = [error for task in tasks if (error := largest_error(table, task)) is not None]
