@@ -179,6 +179,16 @@ def test_a_model_that_stayed_is_only_scored(stand_in: type[StandIn], tmp_path: P
     assert (out / "models" / "comp-10-seed0").is_dir()
 
 
+def test_a_folder_may_be_named_for_tasks_alone(stand_in: type[StandIn], tmp_path: Path) -> None:
+    """The built-in text does not lie in it; a named set does, and may be another one there."""
+    compare("model", tmp_path / "a", **ONE)
+    found = compare("model", tmp_path / "a", **ONE, **TASKS)
+    assert found.table.rows[1].texts(found.table.columns)[3] == "50.0"
+    compare("model", tmp_path / "b", **ONE, calibration={"source": "c4"})
+    with pytest.raises(OutputError, match=r"recipe \(different: calibration.data_dir\): repeat"):
+        compare("model", tmp_path / "b", **ONE, **TASKS, calibration={"source": "c4"})
+
+
 def test_tasks_may_be_left_out(stand_in: type[StandIn], tmp_path: Path) -> None:
     """And are still known when they are named again."""
     out = tmp_path / "out"

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from secateur.calibration import BUILTIN
 from secateur.checkpoint.writer import check_output, write_bytes, write_json
 from secateur.comparison.cells import Cell
 from secateur.errors import OutputError
@@ -113,12 +114,12 @@ class Folder:
         found = self.find(cell.name)
         if found is None or "failed" in found:
             return
-        wanted = json.loads(cell.recipe.model_dump_json())
-        if found["recipe"] != wanted:
+        wanted = _decisive(json.loads(cell.recipe.model_dump_json()))
+        if different := differences(_decisive(found["recipe"]), wanted):
             raise OutputError(
                 f"{self.path} holds the cell {cell.name}, measured with another recipe (different: "
-                f"{', '.join(differences(found['recipe'], wanted))}): repeat that command, choose "
-                f"another --out, or remove {self._cell(cell.name)}"
+                f"{', '.join(different)}): repeat that command, choose another --out, or remove "
+                f"{self._cell(cell.name)}"
             )
 
     def keep(self, name: str, value: Mapping[str, Any]) -> None:
@@ -185,6 +186,14 @@ class Folder:
         # Of a model that lies there, but could not be measured, its piece tells.
         if not any(piece.with_suffix("").is_dir() for piece in work.glob("*.json")):
             shutil.rmtree(work)
+
+
+def _decisive(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without the folder of named sets where none is named: it may be for tasks alone."""
+    spec = recipe["calibration"]
+    if spec["source"] != BUILTIN:
+        return recipe
+    return {**recipe, "calibration": {**spec, "data_dir": None}}
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
