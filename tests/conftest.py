@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from stand_in import LOOK, StandIn
 
 # GGUF metadata is kept in the user's cache folder; tests have one of their own, and so have the
 # processes that they start.
@@ -32,6 +33,16 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
         return path if path.exists() else tiny.write_model(path, name)
 
     return folder
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
+    """Takes the place of the processes of ``compare``."""
+    from secateur.comparison import run
+
+    StandIn.asked, StandIn.failing, StandIn.look, StandIn.lm_eval = [], {}, LOOK, "0.4.13"
+    monkeypatch.setattr(run, "Worker", StandIn)
+    return StandIn
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,11 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from commands import secateur
+from stand_in import GRID, LOOK, StandIn, load, pruned
 
 from secateur.comparison import run
 from secateur.comparison.cells import make_cells
@@ -22,112 +23,6 @@ from secateur.comparison.run import compare
 from secateur.comparison.table import Row
 from secateur.errors import OutputError, RecipeError, SourceError
 from secateur.executors import Executor
-
-DENSE = {"builtin": 20.0, "wikitext2": 30.0}
-LOOK = {
-    "source": {
-        "name": "model",
-        "fingerprint": "f00",
-        "files": [["model.safetensors", 9, 9]],
-        "model_type": "llama",
-        "blocks": 3,
-        "parameters": 1000,
-        "decoder_parameters": 600,
-    },
-    "versions": {"secateur": "0", "torch": "1"},
-    "threads": 1,
-    "device": "cpu",
-}
-
-
-class StandIn:
-    """Answers like the worker, by simple rules, and remembers what it was asked."""
-
-    asked: ClassVar[list[tuple[str, str]]]
-    failing: ClassVar[dict[str, BaseException]]
-    look: ClassVar[dict[str, Any]]
-
-    def __init__(self, module: str, what: str) -> None:
-        self.what = what
-
-    def __enter__(self) -> StandIn:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def ask(self, task: str, told: Any = None, **given: Any) -> Any:
-        return getattr(self, f"do_{task}")(told=told, **given)
-
-    def do_look(self, texts: list[str], length: int, windows: int, **_: Any) -> Any:
-        about = {
-            "origin": "somewhere",
-            "windows": windows,
-            "length": length,
-            "predictions": windows * (length - 1),
-        }
-        evaluation = {text: {**about, "tokens_sha256": f"{text}{length}"} for text in texts}
-        return {**self.look, "evaluation": evaluation}
-
-    def do_prune(self, out: str, recipe: dict[str, Any], told: Any, **_: Any) -> Any:
-        name = Path(out).name
-        self.asked.append(("prune", name))
-        told({"stage": "cutting", "done": 0, "total": 1, "detail": "", "last": False, "memory": 5})
-        if name in self.failing:
-            raise self.failing[name]
-        Path(out).mkdir()
-        share = float(recipe["remove"].rstrip("%")) / 100
-        return {
-            "share_removed": share * 0.6,
-            "decoder_share_removed": share,
-            "parameters": 1,
-            "seconds": 10 * share + recipe["seed"],
-            "peak_memory": 2**20 * (100 + recipe["seed"]),
-            "stages": {"cutting": 1.0},
-            "removed_layers": [1],
-            "blocks": [
-                {"block": 0, "share_removed": 0.0, "importance": 0.5},
-                {"block": 2, "share_removed": share, "importance": 0.25},
-            ],
-        }
-
-    def do_evaluate(self, model: str, texts: dict[str, str], **_: Any) -> dict[str, float]:
-        name = Path(model).name
-        self.asked.append(("evaluate", name))
-        if name == "model":
-            return {text: DENSE.get(text, 40.0) for text in texts}
-        share = float(name.split("-")[1])
-        seed = int(name[-1])
-        worse = 1 + share / 10 * (1 if name.startswith("comp") else 2) + seed / 10
-        return {text: DENSE.get(text, 40.0) * worse for text in texts}
-
-    def do_finish_page(self, **_: Any) -> None:
-        self.asked.append(("page", ""))
-
-
-@pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
-    StandIn.asked, StandIn.failing, StandIn.look = [], {}, LOOK
-    monkeypatch.setattr(run, "Worker", StandIn)
-    return StandIn
-
-
-GRID: dict[str, Any] = {
-    "methods": ["comp", "obs"],
-    "remove": ["10%", "20%"],
-    "texts": ["wikitext2"],
-    "windows": 4,
-    "window_length": 11,
-}
-
-
-def pruned(stand_in: type[StandIn]) -> list[str]:
-    return [name for task, name in stand_in.asked if task == "prune"]
-
-
-def load(out: Path) -> Any:
-    return json.loads((out / "compare.json").read_text())
-
 
 # ---- cells -------------------------------------------------------------------------------------
 
@@ -516,10 +411,8 @@ def test_work_that_prune_does_not_go_on_from_is_not_counted(
 def test_time_left_goes_by_finished_cells(stand_in: type[StandIn], tmp_path: Path) -> None:
     cells = make_cells(methods=["comp", "obs"], remove=["1%", "2%", "3%"])
     with Folder(tmp_path / "out", tmp_path / "model") as folder:
-        state = run._Run(
-            "model", folder, cells, {}, keep=False, max_memory=None, device="cpu",
-            trust_remote_code=False, progress=run.Progress(), executor=None,
-        )  # fmt: skip
+        measuring = run.Measuring("model", folder, reading={})
+        state = run._Run(folder, cells, measuring, run.Progress(), executor=None)
         assert state.seconds_left() is None
         state.results["comp-1-seed0"] = {"wall": 10.0}
         assert state.seconds_left() == 50.0  # five cells like the only one known

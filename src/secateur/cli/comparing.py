@@ -16,12 +16,14 @@ from secateur.cli.options import (
     Layers,
     Layout,
     Length,
+    Limit,
     MaxMemory,
     Of,
     RoundTo,
     Samples,
     Source,
     Structure,
+    Tasks,
     TextField,
     Trust,
     Workers,
@@ -70,6 +72,8 @@ def compare(
     window_length: Annotated[
         int, typer.Option(min=2, help="tokens a window of these texts")
     ] = 1024,
+    tasks: Tasks = None,
+    limit: Limit = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -98,7 +102,7 @@ def compare(
     """Prune a model in several ways and lay the results side by side.
 
     Every method at every share with every seed, and the dense model, each in a process of its own:
-    shares reached, perplexities, seconds, peak memory. Writes compare.md, compare.csv,
+    shares reached, perplexities, accuracies, seconds, peak memory. Writes compare.md, compare.csv,
     compare.json and report.html. A killed run continues with the same command, and a longer
     command adds to what is there.
 
@@ -120,6 +124,8 @@ def compare(
         data_dir=data_dir,
         windows=windows or None,
         window_length=window_length,
+        tasks=None if tasks is None else _listed(tasks),
+        limit=limit,
         keep=keep,
         device=device,
         max_memory=max_memory,

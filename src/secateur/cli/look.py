@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from secateur.cli.options import DataDir, Device, Source, TextField, Trust
+from secateur.cli.options import DataDir, Device, Limit, Source, Tasks, TextField, Trust
 from secateur.cli.tables import print_table
 
 if TYPE_CHECKING:
@@ -79,17 +79,8 @@ def evaluate(
         "The capital of France is"
     ),
     tokens: Annotated[int, typer.Option(min=0, help="tokens to generate; 0: none")] = 32,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            help="zero-shot accuracy through lm-eval: boolq, piqa, sciq, winogrande, logiqa, mmlu, "
-            "with commas between them"
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="items of each task, of each subject of mmlu [all]"),
-    ] = None,
+    tasks: Tasks = None,
+    limit: Limit = None,
     device: Device = "cpu",
     trust_remote_code: Trust = False,
 ) -> None:

@@ -55,6 +55,17 @@ TextField = Annotated[str | None, typer.Option(help="key of the text in JSONL [t
 DataDir = Annotated[
     str | None, typer.Option(help="local copies of the named sets; else fetched from the hub")
 ]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        help="zero-shot accuracy through lm-eval: boolq, piqa, sciq, winogrande, logiqa, mmlu, "
+        "with commas between them"
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=1, help="items of each task, of each subject of mmlu [all]"),
+]
 Samples = Annotated[int | None, typer.Option(help="windows of calibration text [10]")]
 Length = Annotated[int | None, typer.Option(help="tokens a window [128]")]
 RecipeFile = Annotated[

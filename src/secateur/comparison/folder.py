@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from secateur.calibration import BUILTIN
 from secateur.checkpoint.writer import check_output, write_bytes, write_json
 from secateur.comparison.cells import Cell
 from secateur.errors import OutputError
@@ -65,18 +66,28 @@ class Folder:
     def agree(self, settings: Mapping[str, Any]) -> None:
         """Take these settings, or refuse them where cells were measured under others.
 
+        Zero-shot tasks may be added and left out; what is known of a task must be the same.
+
         Raises:
             OutputError: they would be incomparable.
         """
         path = self.path / SETTINGS
         wanted = json.loads(json.dumps(settings))
         old = _read(path) if path.is_file() else None
-        if old == wanted:
-            return
+        if old is not None:
+            before, now = old.pop("tasks", {}), wanted.pop("tasks", {})
+            both = before.keys() & now.keys()
+            shared = [{"tasks": {task: of[task] for task in both}} for of in (before, now)]
+            found = differences({**old, **shared[0]}, {**wanted, **shared[1]})
+            wanted["tasks"] = now if found else {**before, **now}
+            if not found:
+                if before.keys() != wanted["tasks"].keys():
+                    write_json(path, wanted)
+                return
         if old is not None and self._measured():
             raise OutputError(
                 f"{self.path} holds cells that were measured otherwise (different: "
-                f"{', '.join(differences(old, wanted))}): repeat that command, choose another "
+                f"{', '.join(found)}): repeat that command, choose another "
                 f"--out, or remove the folder with rm -r {self.path}"
             )
         self._cell(DENSE).unlink(missing_ok=True)
@@ -103,12 +114,12 @@ class Folder:
         found = self.find(cell.name)
         if found is None or "failed" in found:
             return
-        wanted = json.loads(cell.recipe.model_dump_json())
-        if found["recipe"] != wanted:
+        wanted = _decisive(json.loads(cell.recipe.model_dump_json()))
+        if different := differences(_decisive(found["recipe"]), wanted):
             raise OutputError(
                 f"{self.path} holds the cell {cell.name}, measured with another recipe (different: "
-                f"{', '.join(differences(found['recipe'], wanted))}): repeat that command, choose "
-                f"another --out, or remove {self._cell(cell.name)}"
+                f"{', '.join(different)}): repeat that command, choose another --out, or remove "
+                f"{self._cell(cell.name)}"
             )
 
     def keep(self, name: str, value: Mapping[str, Any]) -> None:
@@ -145,6 +156,11 @@ class Folder:
         shutil.rmtree(place, ignore_errors=True)  # of a cell that was removed by hand
         os.replace(self.model(cell), place)
 
+    def kept(self, cell: Cell) -> Path | None:
+        """The model of a cell that stays, if there is one."""
+        place = self.path / "models" / cell.name
+        return place if place.is_dir() else None
+
     def drop(self, cell: Cell) -> None:
         """Remove the model of a cell from where it was measured."""
         shutil.rmtree(self.model(cell), ignore_errors=True)
@@ -165,8 +181,19 @@ class Folder:
     def tidy(self) -> None:
         """Remove the work folder, if nothing in it can be gone on from."""
         work = self.path / "work"
-        if work.is_dir() and not any(work.glob("*.partial")):
+        if not work.is_dir() or any(work.glob("*.partial")):
+            return
+        # Of a model that lies there, but could not be measured, its piece tells.
+        if not any(piece.with_suffix("").is_dir() for piece in work.glob("*.json")):
             shutil.rmtree(work)
+
+
+def _decisive(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without the folder of named sets where none is named: it may be for tasks alone."""
+    spec = recipe["calibration"]
+    if spec["source"] != BUILTIN:
+        return recipe
+    return {**recipe, "calibration": {**spec, "data_dir": None}}
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -43,6 +43,7 @@ def conditions(table: Table) -> list[str]:
     """What a number of the table is worth nothing without, a sentence each."""
     settings = table.settings
     found = protocols(settings)
+    found += zero_shot_protocol(table)
     found += [f"{who}." for who in _calibrations(table)]
     seeds = sorted({seed for row in table.rows for seed in row.seeds})
     if len(seeds) > 1:
@@ -75,6 +76,45 @@ def protocols(settings: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def zero_shot_protocol(table: Table) -> list[str]:
+    """How accuracy was measured, of which items and how exactly; empty without tasks."""
+    tasks = table.settings.get("tasks", {})
+    if not tasks:
+        return []
+    about = next(iter(tasks.values()))  # of one command, so origin and version are those of all
+    where = "the hub" if about["origin"] == "hub" else about["origin"]
+    asked = "; ".join(items_text(table, task) for task in tasks)
+    found = (
+        f"Zero-shot accuracy by lm-eval {about['lm_eval']}, items from {where}, no "
+        f"examples in the prompt, float32: {asked}."
+    )
+    errors = [error for task in tasks if (error := largest_error(table, task)) is not None]
+    if errors:
+        found += f" The largest standard error of an acc is {100 * max(errors):.1f} points."
+    if len(tasks) > 1:
+        found += " The mean is that of acc, each task counted once."
+    return [found]
+
+
+def items_text(table: Table, task: str) -> str:
+    """``piqa, the first 20 of 1,838 items``."""
+    score, limit = table.cells[0]["scores"][task], table.settings["tasks"][task]["limit"]
+    items, of = score["items"], score["of"]
+    if items == of:
+        return f"{task}, all {of:,} items"
+    if score["subjects"] > 1:
+        each = f"the first {limit:,} of each of {score['subjects']} subjects"
+        return f"{task}, {each}, {items:,} of {of:,} items"
+    return f"{task}, the first {items:,} of {of:,} items"
+
+
+def largest_error(table: Table, task: str) -> float | None:
+    """Of ``acc``, from 0 to 1, over all models; None for a single item."""
+    scores = [cell["scores"][task] for cell in table.cells if task in cell.get("scores", {})]
+    errors = [score["acc_error"] for score in scores if score["acc_error"] is not None]
+    return max(errors, default=None)
+
+
 def _calibrations(table: Table) -> list[str]:
     """How the settings were calibrated; said once where it is the same for all."""
     by_text: dict[str, list[str]] = {}
@@ -96,7 +136,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def comma_separated(table: Table) -> str:
-    """One line a cell, numbers in full: shares from 0 to 1, seconds, bytes."""
+    """One line a cell, numbers in full: shares and accuracies from 0 to 1, seconds, bytes."""
     buffer = io.StringIO()
     keys = [column.key for column in table.columns]
     writer = csv.writer(buffer, lineterminator="\n")

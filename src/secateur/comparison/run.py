@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +12,16 @@ from typing import Any
 
 from secateur.calibration import BUILTIN
 from secateur.checkpoint import local_path
-from secateur.checkpoint.writer import JOURNAL, work_folder
 from secateur.comparison.cells import Cell, make_cells
 from secateur.comparison.folder import DENSE, Folder
-from secateur.comparison.formats import protocols, write_tables
+from secateur.comparison.formats import write_tables
+from secateur.comparison.measuring import Measuring, Told
 from secateur.comparison.table import Table, make_table
-from secateur.errors import SecateurError, one_line
+from secateur.comparison.time_left import seconds_left
+from secateur.errors import RecipeError, SecateurError, one_line
 from secateur.executors import Asked, Executor, Pool, opened_executor
 from secateur.progress import Progress
 from secateur.workers import Worker
-
-#: Takes what a process tells of its progress, see :class:`secateur.comparison.worker.Told`.
-Told = Callable[[Mapping[str, Any]], None]
-#: Seconds between two notes of how long a cell has been at work.
-NOTE_EVERY = 1.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +55,8 @@ def compare(
     data_dir: str | Path | None = None,
     windows: int | None = 10,
     window_length: int = 1024,
+    tasks: Sequence[str] | None = None,
+    limit: int | None = None,
     keep: bool = False,
     device: str = "cpu",
     max_memory: str | None = None,
@@ -82,9 +80,14 @@ def compare(
             :func:`~secateur.comparison.cells.make_cells`; ``fields`` are those of a recipe that
             hold for all: ``of``, ``calibration``, ``options``, ``layout``.
         texts: evaluation texts besides the built-in passages: named sets, or text or JSONL files.
-        text_field, data_dir: as for :func:`secateur.evaluate`, and for calibration too.
+        text_field, data_dir: as for :func:`secateur.evaluate`, and for calibration too; the tasks'
+            files are looked for in ``data_dir`` as :func:`secateur.zero_shot` does.
         windows: consecutive windows from the start of each text; None for all.
         window_length: tokens a window; capped at the model's positions.
+        tasks: zero-shot tasks, on which each model is scored as by :func:`secateur.zero_shot`,
+            whole in memory. Tasks that are added to a comparison are asked of its finished cells
+            too, whose models are made again where they did not stay.
+        limit: the first items of each task, for mmlu of each subject; None for all.
         keep: let the models stay in ``out/models``.
         device, max_memory, trust_remote_code: as for :func:`secateur.prune`.
         workers, cluster: cells that are made and measured at a time, and where; they share out the
@@ -94,33 +97,47 @@ def compare(
         SecateurError: for everything that a user can mend before any cell is run, or that spoils
             the dense model.
     """
+    names = _checked(tasks, limit)
     where = {"text_field": text_field, "data_dir": None if data_dir is None else str(data_dir)}
     given = {name: value for name, value in where.items() if value not in (None, "text")}
     fields["calibration"] = {**given, **fields.get("calibration", {})}
     cells = make_cells(
         methods=methods, recipes=recipes, remove=remove, sparsity=sparsity, seeds=seeds, **fields
     )
-    reading = {"length": window_length, "windows": windows, **where}
     with Folder(local_path(out), local_path(source)) as folder:
         for cell in cells:
             folder.check(cell)
         with opened_executor(workers, cluster) as executor:
-            run = _Run(
+            measuring = Measuring(
                 str(source),
                 folder,
-                cells,
-                reading,
+                reading={"length": window_length, "windows": windows, **where},
+                tasks=names,
+                limit=limit,
                 keep=keep,
                 max_memory=max_memory,
-                device=device,
-                trust_remote_code=trust_remote_code,
-                progress=progress or Progress(),
-                executor=executor,
+                common={"device": device, "trust_remote_code": trust_remote_code},
+                beside=1 if executor is None else executor.on_one_machine,
             )
+            run = _Run(folder, cells, measuring, progress or Progress(), executor)
             run.dense(list(dict.fromkeys([BUILTIN, *texts])))
             run.all_cells()
         folder.tidy()
-        return run.finished(keep)
+        return run.finished()
+
+
+def _checked(tasks: Sequence[str] | None, limit: int | None) -> list[str]:
+    """The zero-shot tasks, each once."""
+    if tasks is not None:
+        from secateur.evaluation.zero_shot import check_tasks
+
+        return check_tasks(tasks, limit)
+    if limit is not None:
+        raise RecipeError(
+            f"--limit {limit} is of zero-shot tasks, and none is named: add --tasks boolq,piqa, or "
+            "leave it out"
+        )
+    return []
 
 
 class _Run:
@@ -128,54 +145,50 @@ class _Run:
 
     def __init__(
         self,
-        source: str,
         folder: Folder,
         cells: list[Cell],
-        reading: Mapping[str, Any],
-        *,
-        keep: bool,
-        max_memory: str | None,
-        device: str,
-        trust_remote_code: bool,
+        measuring: Measuring,
         progress: Progress,
         executor: Executor | None,
     ) -> None:
-        self.source = source
         self.folder = folder
         self.cells = cells
-        self.reading = reading
-        self.keep = keep
-        self.max_memory = max_memory
-        self.executor = executor
-        self.common: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
+        self.measuring = measuring
         self.progress = progress
-        self.settings: dict[str, Any] = {}
+        self.executor = executor
         self.results: dict[str, dict[str, Any]] = {}
+        #: Of cells that earlier commands finished, but did not ask all that this one asks.
+        self.earlier: dict[str, dict[str, Any]] = {}
         #: What is being done for cells that are made side by side, for the one line that shows it.
         self.at_work: dict[str, str] = {}
         for cell in cells:
             found = folder.find(cell.name)
             if found is not None and "failed" not in found:
-                self.results[cell.name] = found
+                known = self.earlier if measuring.unscored(found) else self.results
+                known[cell.name] = found
 
     def dense(self, texts: list[str]) -> None:
         """Look at the source and the texts, and measure the dense model unless it is known."""
+        measuring = self.measuring
         with self._worker("the dense model") as worker:
-            self.settings = worker.ask(
-                "look", source=self.source, texts=texts, **self.common, **self.reading
-            )
-            self.folder.agree(self.settings)
+            measuring.look(worker, texts)
+            self.folder.agree(measuring.settings)
             found = self.folder.find(DENSE)
-            if found is None:
-                self.progress.note(f"dense: {self.source}")
-                began = time.monotonic()
-                perplexity = self._evaluate(worker, self.source, self._shown("dense"))
-                found = {"perplexity": perplexity, "wall": time.monotonic() - began}
-                self.folder.keep(DENSE, found)
-        self.results[DENSE] = found
+            if found is None or measuring.unscored(found):
+                self.progress.note(f"dense: {measuring.source}")
+            dense = measuring.measure_dense(worker, found, self._shown("dense"))
+            if dense != found:
+                self.folder.keep(DENSE, dense)
+        self.results[DENSE] = dense
         known = sum(cell.name in self.results for cell in self.cells)
         if known:
             self.progress.note(f"continuing: {known} of {len(self.cells)} cells are finished")
+        if self.earlier:
+            again = sum(self.folder.kept(c) is None for c in self.cells if c.name in self.earlier)
+            self.progress.note(
+                f"measured before without all of these tasks: {_counted(self.earlier, 'cell')}, "
+                f"of which {again} must be pruned again (--keep lets models stay)"
+            )
 
     def all_cells(self) -> None:
         """Make and measure those that are not finished; the tables are written anew after each."""
@@ -210,10 +223,12 @@ class _Run:
         self.folder.write_recipe(cell)
         began = time.monotonic()
         try:
-            measured = self._measured(cell, told)
+            with self._worker(self._who(cell)) as worker:
+                known = self.earlier.get(cell.name)
+                measured = self.measuring.measure_cell(worker, cell, known, told)
         except SecateurError as error:
             return {"failed": one_line(error)[0]}
-        return {**measured, "wall": time.monotonic() - began}
+        return {**measured, "wall": measured.get("wall", 0.0) + time.monotonic() - began}
 
     def _take(self, cell: Cell, result: Mapping[str, Any]) -> None:
         """Remember a finished cell."""
@@ -226,7 +241,8 @@ class _Run:
             "recipe": json.loads(cell.recipe.model_dump_json()),
             **result,
         }
-        self.folder.keep(cell.name, result)
+        if "failed" not in result or cell.name not in self.earlier:
+            self.folder.keep(cell.name, result)  # else what is known is worth more
         self.results[cell.name] = result
         self.write()
         self.progress.note(self._line(cell, result))
@@ -237,69 +253,6 @@ class _Run:
     def _who(self, cell: Cell) -> str:
         several = len({one.recipe.seed for one in self.cells}) > 1
         return self._place(cell) + (f", seed {cell.recipe.seed}" if several else "")
-
-    def _measured(self, cell: Cell, told: Told) -> dict[str, Any]:
-        model, keep = self.folder.model(cell), self.keep
-        with self._worker(self._who(cell)) as worker:
-            piece = self.folder.piece(cell.name)
-            pruned = piece.get("pruned") if piece.get("keep") == keep else None
-            if pruned is None or not model.is_dir():
-                pruned = self._pruned(worker, cell, told)
-            perplexity = self._evaluate(worker, str(model), told)
-            if keep:
-                both = {t: (self.results[DENSE]["perplexity"][t], v) for t, v in perplexity.items()}
-                protocol = " ".join(protocols(self.settings))
-                worker.ask("finish_page", out=str(model), perplexity=both, protocol=protocol)
-        if keep:
-            self.folder.let_stay(cell)
-        else:
-            self.folder.drop(cell)
-        return {**pruned, "perplexity": perplexity}
-
-    def _pruned(self, worker: Asked, cell: Cell, told: Told) -> dict[str, Any]:
-        """The cell's model, written; with the time and memory of earlier runs that were killed."""
-        model = self.folder.model(cell)
-        if not work_folder(model).is_dir():
-            self.folder.drop(cell)  # finished, but killed before anything was noted of it
-        earlier = self.folder.piece(cell.name) if _finished_blocks(model) else {}
-        before = float(earlier.get("seconds", 0.0))
-        most = int(earlier.get("peak_memory", 0))
-        began = noted = time.monotonic()
-
-        def note(event: Mapping[str, Any]) -> None:
-            nonlocal noted, most
-            told(event)
-            most = max(most, event["memory"])
-            now = time.monotonic()
-            if now - noted >= NOTE_EVERY:
-                noted = now
-                self.folder.note_piece(
-                    cell.name, {"seconds": before + now - began, "peak_memory": most}
-                )
-
-        pruned = worker.ask(
-            "prune",
-            told=note,
-            source=self.source,
-            out=str(model),
-            recipe=json.loads(cell.recipe.model_dump_json()),
-            max_memory=self.max_memory,
-            verify=self.keep,
-            beside=1 if self.executor is None else self.executor.on_one_machine,
-            **self.common,
-        )
-        pruned["continued"] = bool(earlier)
-        pruned["seconds"] += before
-        pruned["peak_memory"] = max(pruned["peak_memory"], most)
-        self.folder.note_piece(cell.name, {"pruned": pruned, "keep": self.keep})
-        return dict(pruned)
-
-    def _evaluate(self, worker: Asked, model: str, told: Told) -> dict[str, float]:
-        texts = {k: v["tokens_sha256"] for k, v in self.settings["evaluation"].items()}
-        found: dict[str, float] = worker.ask(
-            "evaluate", told=told, model=model, texts=texts, **self.common, **self.reading
-        )
-        return found
 
     def _worker(self, what: str) -> AbstractContextManager[Asked]:
         module, what = "secateur.comparison.worker", f"the process of {what}"
@@ -327,6 +280,8 @@ class _Run:
             parts.append(f"failed: {result['failed']}")
         else:
             parts += [f"{text} {value:.2f}" for text, value in result["perplexity"].items()]
+            scores = result.get("scores", {})
+            parts += [f"{task} {scores[task]['acc']:.1%}" for task in self.measuring.tasks]
             parts.append(f"{result['wall']:.0f} s")
         left = self.seconds_left()
         if left is not None:
@@ -334,26 +289,18 @@ class _Run:
         return "  ".join(parts)
 
     def seconds_left(self) -> float | None:
-        """By the mean of a setting's finished cells, or of all; None with nothing to go by."""
-        spent: dict[str, list[float]] = {}
-        for cell in self.cells:
-            found = self.results.get(cell.name, {})
-            if "wall" in found:
-                spent.setdefault(cell.label, []).append(found["wall"])
-        every = [seconds for known in spent.values() for seconds in known]
-        ahead = [cell for cell in self.cells if cell.name not in self.results]
-        if not every or not ahead:
-            return None
-        alone = sum(_mean(spent.get(cell.label, every)) for cell in ahead)
-        return alone / (self.executor.workers if self.executor else 1)
+        """None with nothing to go by."""
+        alone = seconds_left(self.cells, self.results, self.earlier)
+        return alone and alone / (self.executor.workers if self.executor else 1)
 
     def write(self) -> Table:
         """The tables and the page, of what is known so far."""
-        table = make_table(self.settings, self.cells, self.results)
+        table = make_table(self.measuring.settings, self.cells, {**self.earlier, **self.results})
         write_tables(self.folder.path, table)
         return table
 
-    def finished(self, keep: bool) -> Comparison:
+    def finished(self) -> Comparison:
+        keep, source = self.measuring.keep, self.measuring.source
         names = {cell.name for cell in self.cells}
         failed = {n: r["failed"] for n, r in self.results.items() if "failed" in r}
         notes = []
@@ -364,28 +311,16 @@ class _Run:
                 f"not in this table are {_counted(others, 'cell')} of earlier commands; name "
                 "their methods, shares and seeds too to have them in it"
             )
-        gone = [n for n in sorted(names - set(failed)) if not self._kept(n)] if keep else []
+        made = sorted((c for c in self.cells if c.name not in failed), key=lambda c: c.name)
+        gone = [c.name for c in made if self.folder.kept(c) is None] if keep else []
         if gone:
             notes.append(
                 f"measured before --keep was given, and so not there: {_counted(gone, 'model')}; "
-                f"secateur prune {self.source} --recipe {self.folder.path}/recipes/{gone[0]}.yaml "
+                f"secateur prune {source} --recipe {self.folder.path}/recipes/{gone[0]}.yaml "
                 "--out FOLDER makes the first of them"
             )
         return Comparison(self.folder.path, self.write(), failed, notes)
 
-    def _kept(self, name: str) -> bool:
-        return (self.folder.path / "models" / name).is_dir()
-
-
-def _finished_blocks(model: Path) -> bool:
-    """Whether an unfinished model has work in it that ``prune`` goes on from."""
-    journal = work_folder(model) / JOURNAL
-    return journal.is_file() and journal.read_bytes().count(b"\n") > 1
-
 
 def _counted(things: Collection[str], name: str) -> str:
     return f"{len(things)} {name}{'s' if len(things) > 1 else ''}"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from secateur.comparison.cells import Cell
 from secateur.comparison.folder import DENSE
 
 Result = Mapping[str, Any]
+#: Key of the mean of ``acc`` over the tasks.
+MEAN = "acc mean"
 
 
 @dataclass(frozen=True)
@@ -124,20 +126,24 @@ def make_table(
 ) -> Table:
     """The table of these cells; those without a result are still to come."""
     columns = make_columns(settings, results)
-    dense = {"share_removed": 0.0, "decoder_share_removed": 0.0, **measures(results[DENSE])}
+    tasks = list(settings.get("tasks", {}))
+    of_dense = measures(results[DENSE], tasks)
+    dense = {"share_removed": 0.0, "decoder_share_removed": 0.0, **of_dense}
     rows = [Row("dense", "", values={k: Spread.of([v]) for k, v in dense.items()})]
-    known: list[dict[str, Any]] = [{"name": DENSE, "label": "dense", "measures": dense}]
+    about = {"name": DENSE, "label": "dense", **scores(results[DENSE], tasks)}
+    known: list[dict[str, Any]] = [{**about, "measures": dense}]
     groups: dict[tuple[str, str], list[Cell]] = {}
     for target in dict.fromkeys(cell.asked for cell in cells):
         for cell in cells:
             if cell.asked == target:
                 groups.setdefault((cell.label, target), []).append(cell)
     for (label, asked), members in groups.items():
-        rows.append(_row(label, asked, members, results))
+        rows.append(_row(label, asked, members, results, tasks))
         for cell in members:
             if (result := results.get(cell.name)) is not None:
-                numbers = {} if "failed" in result else measures(result)
+                numbers = {} if "failed" in result else measures(result, tasks)
                 kept = {k: v for k, v in result.items() if k not in _IN_MEASURES}
+                kept |= scores(result, tasks)
                 known.append({"name": cell.name, **kept, "measures": numbers})
     return Table(settings, columns, rows, known)
 
@@ -145,17 +151,32 @@ def make_table(
 #: Fields of a result that stand among its measures.
 _IN_MEASURES = {
     "share_removed", "decoder_share_removed", "zeros", "perplexity", "seconds", "peak_memory",
-    "gpu_peak_memory", "wall",
+    "gpu_peak_memory", "wall", "scores",
 }  # fmt: skip
 
 
-def measures(result: Result) -> dict[str, float]:
-    """The numbers of one measured cell by the key of their column."""
+def scores(result: Result, tasks: Sequence[str]) -> dict[str, Any]:
+    """What is known of these zero-shot tasks, errors and items too, as a field of its own."""
+    found = {task: one for task, one in result.get("scores", {}).items() if task in tasks}
+    return {"scores": found} if found else {}
+
+
+def measures(result: Result, tasks: Sequence[str] = ()) -> dict[str, float]:
+    """The numbers of one measured cell by the key of their column.
+
+    Args:
+        tasks: zero-shot tasks that are shown; accuracies are from 0 to 1.
+    """
     plain = ("share_removed", "decoder_share_removed", "zeros", "seconds", "peak_memory",
              "gpu_peak_memory")  # fmt: skip
     found = {key: float(result[key]) for key in plain if key in result}
     for text, value in result["perplexity"].items():
         found[f"perplexity {text}"] = float(value)
+    scored = scores(result, tasks).get("scores", {})
+    for task, one in scored.items():
+        found |= {f"{k} {task}": one[k] for k in ("acc", "acc_norm") if one[k] is not None}
+    if len(tasks) > 1 and len(scored) == len(tasks):
+        found[MEAN] = mean(one["acc"] for one in scored.values())
     return found
 
 
@@ -170,6 +191,7 @@ def make_columns(settings: Mapping[str, Any], results: Mapping[str, Result]) -> 
             Column(f"perplexity {text}", f"perplexity, {short_name(text)}", 2)
             for text in settings["evaluation"]
         ),
+        *_accuracies(list(settings.get("tasks", {})), results[DENSE]),
         Column("seconds", "to prune, s"),
         Column("peak_memory", "peak memory, MiB", 0, 1 / 2**20),
     ]
@@ -178,12 +200,30 @@ def make_columns(settings: Mapping[str, Any], results: Mapping[str, Result]) -> 
     return columns
 
 
+def _accuracies(tasks: Sequence[str], dense: Result) -> list[Column]:
+    """In percent: of each task, and the mean where there are several."""
+    found = []
+    for task in tasks:
+        found.append(Column(f"acc {task}", f"{task} acc, %", 1, 100))
+        if dense["scores"][task]["acc_norm"] is not None:
+            found.append(Column(f"acc_norm {task}", f"{task} acc_norm, %", 1, 100))
+    if len(tasks) > 1:
+        found.append(Column(MEAN, "mean acc, %", 1, 100))
+    return found
+
+
 def short_name(text: str) -> str:
     """A text as the head of a column: a file without its folder."""
     return Path(text).name
 
 
-def _row(label: str, asked: str, members: Sequence[Cell], results: Mapping[str, Result]) -> Row:
+def _row(
+    label: str,
+    asked: str,
+    members: Sequence[Cell],
+    results: Mapping[str, Result],
+    tasks: Sequence[str],
+) -> Row:
     good: dict[int, dict[str, float]] = {}
     failed: dict[int, str] = {}
     waiting: list[int] = []
@@ -194,7 +234,7 @@ def _row(label: str, asked: str, members: Sequence[Cell], results: Mapping[str, 
         elif "failed" in result:
             failed[seed] = result["failed"]
         else:
-            good[seed] = measures(result)
+            good[seed] = measures(result, tasks)
     keys = dict.fromkeys(key for numbers in good.values() for key in numbers)
     values = {key: Spread.of([n[key] for n in good.values() if key in n]) for key in keys}
     return Row(label, asked, tuple(good), values, failed, tuple(waiting))

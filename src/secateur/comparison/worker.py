@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +46,18 @@ class Told(Progress):
 
 
 def look(
-    source: str, texts: list[str], device: str, trust_remote_code: bool, **windows: Any
+    source: str,
+    texts: list[str],
+    tasks: list[str],
+    limit: int | None,
+    device: str,
+    trust_remote_code: bool,
+    **windows: Any,
 ) -> dict[str, Any]:
     """What decides whether cells are comparable: the source, the tokens, versions, the machine.
 
     Args:
+        tasks, limit: as for :func:`secateur.zero_shot`; their data is that of ``data_dir``.
         windows: length, windows, text_field and data_dir of
             :func:`~secateur.evaluation.perplexity.evaluation_windows`.
     """
@@ -59,11 +66,13 @@ def look(
     from secateur.checkpoint import local_path, open_checkpoint
     from secateur.devices import check_device
     from secateur.evaluation.perplexity import evaluation_windows
+    from secateur.evaluation.zero_shot import task_conditions
     from secateur.opening import versions
     from secateur.streaming import Stream
 
     quiet()
     check_device(device)
+    scored = task_conditions(tasks, limit, windows["data_dir"]) if tasks else {}
     path = local_path(source)
     checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
     anatomy = Stream(checkpoint).anatomy
@@ -89,6 +98,7 @@ def look(
             "decoder_parameters": anatomy.decoder_parameters,
         },
         "evaluation": evaluation,
+        "tasks": scored,
         "versions": versions(),
         "threads": torch.get_num_threads(),
         "device": device,
@@ -211,6 +221,50 @@ def evaluate(
     return found
 
 
+def score(
+    model: str,
+    tasks: dict[str, Any],
+    limit: int | None,
+    data_dir: str | None,
+    device: str,
+    trust_remote_code: bool,
+    tell: Tell,
+) -> dict[str, dict[str, Any]]:
+    """Zero-shot accuracy of a model, dense or pruned, on each task.
+
+    Args:
+        tasks: by name, what :func:`look` found of it.
+        limit, data_dir: as for :func:`secateur.zero_shot`.
+
+    Returns:
+        the fields of :class:`~secateur.evaluation.TaskScore` by task.
+
+    Raises:
+        VerifyError: the items are others now.
+    """
+    from secateur.errors import VerifyError
+    from secateur.evaluation.zero_shot import task_conditions, zero_shot
+
+    quiet()
+    for task, now in task_conditions(list(tasks), limit, data_dir).items():
+        if now != tasks[task]:
+            raise VerifyError(
+                f"task {task} has other items than for the dense model: its files or lm-eval "
+                "changed during the comparison; choose another --out and start again"
+            )
+    found = zero_shot(
+        model,
+        list(tasks),
+        limit=limit,
+        data_dir=data_dir,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        progress=Told(tell),
+    )
+    fields = {one.task: asdict(one) for one in found}
+    return {task: {k: v for k, v in one.items() if k != "task"} for task, one in fields.items()}
+
+
 def main() -> None:
     """Answer tasks; see the top of this file."""
     maker = Maker()
@@ -219,6 +273,7 @@ def main() -> None:
             "look": look,
             "prune": maker.prune,
             "evaluate": evaluate,
+            "score": score,
             "finish_page": maker.finish_page,
         }
     )

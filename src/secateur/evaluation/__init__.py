@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from secateur.evaluation.perplexity import Perplexity, evaluate
 from secateur.evaluation.speed import Speed, load_whole, measure_speed
-from secateur.evaluation.zero_shot import TaskScore, check_tasks, require_harness, zero_shot
+from secateur.evaluation.zero_shot import (
+    TaskScore,
+    check_tasks,
+    require_harness,
+    task_conditions,
+    zero_shot,
+)
 
 __all__ = [
     "Perplexity",
@@ -15,5 +21,6 @@ __all__ = [
     "load_whole",
     "measure_speed",
     "require_harness",
+    "task_conditions",
     "zero_shot",
 ]

@@ -19,7 +19,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         model: a transformers causal language model on ``device``.
         tokenizer: of that model; it adds special tokens as it does by itself.
         longest: positions of the model; longer inputs lose their beginning, as in lm-eval.
+
+    Attributes:
+        stage: what is shown of the work.
     """
+
+    stage = "zero-shot"
 
     def __init__(
         self, model: Any, tokenizer: Any, longest: int, device: str, progress: Progress
@@ -50,7 +55,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         found = []
         seen: list[int] = []
         logs = torch.empty(0)
-        self._progress.stage("zero-shot", len(requests))
+        self._progress.stage(self.stage, len(requests))
         for _text, context, continuation in requests:
             # The last token is only predicted; what is too long is cut at the left.
             tokens = (context + continuation)[-(self._longest + 1) :][:-1]

@@ -16,7 +16,7 @@ from typing import Any
 from secateur.checkpoint import Checkpoint, open_checkpoint
 from secateur.devices import check_device
 from secateur.errors import RecipeError, SecateurError, SourceError
-from secateur.evaluation.zero_shot_data import LOCAL, MMLU, read_local
+from secateur.evaluation.zero_shot_data import LOCAL, MMLU, read_local, rows_sha256
 from secateur.progress import Progress
 
 TASKS = tuple(LOCAL)
@@ -24,6 +24,8 @@ TASKS = tuple(LOCAL)
 _MMLU_TAGS = tuple(
     f"mmlu_{part}_tasks" for part in ("stem", "other", "social_sciences", "humanities")
 )
+#: Where a task's items are from.
+FILES, HUB = "local files", "hub"
 #: Folders of lm-eval that hold these tasks; to go through all its thousands takes half a minute.
 _FOLDERS = ("super_glue/boolq", "piqa", "sciq", "winogrande", "logiqa", "mmlu/default")
 
@@ -95,7 +97,39 @@ def zero_shot(
     longest = getattr(checkpoint.config, "max_position_embeddings", None) or 2048
     model = load_whole(checkpoint).to(place)
     harness = HarnessModel(model, checkpoint.tokenizer, longest, str(place), progress or Progress())
-    return [_score(harness, name, local.get(name), limit) for name in names]
+    scores = []
+    for name in names:
+        harness.stage = f"zero-shot {name}"
+        scores.append(_score(harness, name, local.get(name), limit))
+    return scores
+
+
+def task_conditions(
+    tasks: Sequence[str], limit: int | None, data_dir: str | Path | None
+) -> dict[str, dict[str, Any]]:
+    """By task, what decides whether two scores of it may stand beside each other.
+
+    Args:
+        tasks, limit, data_dir: as for :func:`zero_shot`.
+
+    Returns:
+        ``limit``, ``origin`` (``local files`` or ``hub``), ``lm_eval`` (its version) and, of local
+        files, ``items_sha256`` of all their items.
+
+    Raises:
+        RecipeError, SourceError: as for :func:`zero_shot`; from the hub nothing is fetched yet.
+    """
+    names = check_tasks(tasks, limit)
+    local = {n: read_local(n, data_dir) for n in names} if data_dir is not None else {}
+    require_harness()
+    import lm_eval
+
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        found[name] = {"limit": limit, "origin": HUB, "lm_eval": str(lm_eval.__version__)}
+        if name in local:
+            found[name] |= {"origin": FILES, "items_sha256": rows_sha256(local[name])}
+    return found
 
 
 def check_tasks(tasks: Sequence[str], limit: int | None) -> list[str]:
@@ -170,7 +204,7 @@ def _score(harness: Any, task: str, local: Any, limit: int | None) -> TaskScore:
                 f"task {task} cannot be fetched from the hub ({first}): check the network, or "
                 "name a folder with its files with --data-dir"
             ) from error
-    return _pooled(task, found, "hub" if local is None else "local files")
+    return _pooled(task, found, HUB if local is None else FILES)
 
 
 def _over_local_rows(name: str, task: str, rows: list[dict[str, Any]]) -> dict[str, Any]:

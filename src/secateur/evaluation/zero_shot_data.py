@@ -7,6 +7,7 @@ means what it means elsewhere.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 from collections.abc import Callable
@@ -127,6 +128,11 @@ def read_local(task: str, data_dir: str | Path) -> dict[str, Rows]:
         if not path.is_file():
             raise _missing(task, path.name, folder)
     return {task: _read(described, paths)}
+
+
+def rows_sha256(rows: dict[str, Rows]) -> str:
+    """Of a task's items as :func:`read_local` gives them."""
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def _missing(task: str, file: str, folder: Path) -> SourceError:

@@ -6,8 +6,8 @@ import math
 import shlex
 from typing import Any
 
-from secateur.comparison.formats import conditions
-from secateur.comparison.table import Column, Row, Table, short_name
+from secateur.comparison.formats import conditions, items_text, largest_error
+from secateur.comparison.table import MEAN, Column, Row, Table, short_name
 from secateur.report.charts import (
     Bar,
     Point,
@@ -60,6 +60,7 @@ def comparison_page(table: Table) -> str:
         ],
         series=[{"label": label, "key": key(number)} for number, label in enumerate(labels)],
         quality=_quality(table, measured, labels) if measured else [],
+        accuracy=_accuracy(table, measured, labels) if measured else [],
         spread=any(len(row.seeds) > 1 for row in measured),
         layers=layers,
         depth_key=depth_key(),
@@ -98,41 +99,74 @@ def _share(table: Table) -> Column:
 
 
 def _quality(table: Table, rows: list[Row], labels: list[str]) -> list[dict[str, str]]:
+    """Perplexity over the share, a picture for each text."""
+    charts = []
+    for text, about in table.settings["evaluation"].items():
+        title = f"perplexity on {short_name(text)}"
+        svg = _over_share(table, rows, labels, f"perplexity {text}", title, log=True)
+        caption = f"{about['origin']}, {about['windows']} windows of {about['length']} tokens"
+        charts += [{"svg": svg, "caption": caption}] if svg else []
+    return charts
+
+
+def _accuracy(table: Table, rows: list[Row], labels: list[str]) -> list[dict[str, str]]:
+    """Accuracy over the share, a picture for each task; their mean first."""
+    tasks = list(table.settings.get("tasks", {}))
+    charts = []
+    if len(tasks) > 1:
+        svg = _over_share(table, rows, labels, MEAN, "mean acc, %")
+        charts += [{"svg": svg, "caption": f"the mean over {', '.join(tasks)}"}] if svg else []
+    for task in tasks:
+        svg = _over_share(table, rows, labels, f"acc {task}", f"acc on {task}, %")
+        error = largest_error(table, task)
+        exact = "" if error is None else f"; standard errors up to {100 * error:.1f} points"
+        charts += [{"svg": svg, "caption": items_text(table, task) + exact}] if svg else []
+    return charts
+
+
+def _over_share(
+    table: Table, rows: list[Row], labels: list[str], key: str, title: str, log: bool = False
+) -> str:
+    """A measure over the share that was asked for; empty where no row has it.
+
+    Args:
+        key: of the measure's column, in whose unit it is drawn.
+        title: of the upright axis.
+        log: of that axis.
+    """
     share = _share(table)
     of = "all parameters" if share.key == "share_removed" else "the decoder's parameters"
     done = "made zero" if share.key == "zeros" else "removed"
-    charts = []
-    for text, about in table.settings["evaluation"].items():
-        column = next(c for c in table.columns if c.key == f"perplexity {text}")
-        dense = table.rows[0].values[column.key].median
-        series = []
-        for number, label in enumerate(labels):
-            points = [
-                Point(
-                    100 * row.values[share.key].median,
-                    spread.median,
-                    spread.low,
-                    spread.high,
-                    f"{row.asked} asked, {row.values[share.key].text(share)}% of {of} {done}, "
-                    f"perplexity {spread.text(column)}",
-                )
-                for row in rows
-                if row.label == label and math.isfinite((spread := row.values[column.key]).high)
-            ]
-            if points:
-                series.append(Series(label, points, number))
-        if not series:
-            continue
-        svg = line_chart(
-            series,
-            x_title=f"{done} of {of}, %",
-            y_title=f"perplexity on {short_name(text)}",
-            log=True,
-            baseline=(f"dense {column.text(dense)}", dense),
-        )
-        caption = f"{about['origin']}, {about['windows']} windows of {about['length']} tokens"
-        charts.append({"svg": svg, "caption": caption})
-    return charts
+    column = next(c for c in table.columns if c.key == key)
+    name = title.removesuffix(", %")
+    dense = table.rows[0].values[key].median
+    series = []
+    for number, label in enumerate(labels):
+        points = [
+            Point(
+                100 * row.values[share.key].median,
+                column.scale * spread.median,
+                column.scale * spread.low,
+                column.scale * spread.high,
+                f"{row.asked} asked, {row.values[share.key].text(share)}% of {of} {done}, "
+                f"{name} {spread.text(column)}",
+            )
+            for row in rows
+            if row.label == label
+            and key in row.values
+            and math.isfinite((spread := row.values[key]).high)
+        ]
+        if points:
+            series.append(Series(label, points, number))
+    if not series:
+        return ""
+    return line_chart(
+        series,
+        x_title=f"{done} of {of}, %",
+        y_title=title,
+        log=log,
+        baseline=(f"dense {column.text(dense)}", column.scale * dense),
+    )
 
 
 def _layers(table: Table) -> dict[str, str]:
