@@ -228,26 +228,23 @@ def test_channels_of_one_token_have_no_variance() -> None:
 def test_tokens_weigh_by_the_size_of_their_hidden_state() -> None:
     hidden = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
     hidden[1, 2] *= 1000  # a massive activation
-    factors = relative_to(hidden)
+    weights = relative_to(hidden).double().square()[:, 0]
     power = hidden.reshape(10, 4).double().square().mean(-1)
-    weights = factors.double().square()
-    assert weights.mean() == pytest.approx(1)
-    torch.testing.assert_close(weights * power, torch.full_like(power, (weights * power)[0]))
-    assert relative_to(torch.zeros(1, 3, 4)).tolist() == [1, 1, 1]
-    assert bool(torch.isfinite(relative_to(hidden * 1e18)).all())
+    torch.testing.assert_close(weights * power, torch.ones_like(power), rtol=1e-6, atol=0)
+    for extreme in (torch.zeros(1, 3, 4), hidden * 1e18):
+        assert bool(torch.isfinite(relative_to(extreme)).all())
 
 
-def test_factors_weigh_the_tokens_of_their_signal_alone() -> None:
+def test_relative_signals_weigh_by_what_the_block_puts_out() -> None:
     block = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     x = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(1))
-    factors = torch.linspace(0.5, 2, 12)
-    with gather(block, {"a": "0", "b": "1"}, Moments, apart=8, factors={"b": factors}) as both:
+    with gather(block, {"a": "0", "b": "1"}, Moments, apart=8, relative={"b", "c"}) as both:
         for window in x:  # the second call goes on where the first left off
             block(window[None])
     found, late = both
     inner = block[0](x.reshape(12, 3)).detach()
-    plain, weighted = x.reshape(12, 3), inner * factors[:, None]
-    for signal, rows in (("a", plain), ("b", weighted)):
+    weighted = inner * relative_to(block(x).detach())
+    for signal, rows in (("a", x.reshape(12, 3)), ("b", weighted)):
         for part, wanted in ((found, rows.double()), (late, rows[8:].double())):
             torch.testing.assert_close(part[signal].second, wanted.T @ wanted, rtol=1e-5, atol=1e-5)
         assert found[signal].tokens == 12

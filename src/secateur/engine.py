@@ -23,7 +23,7 @@ from secateur.methods import Block, Method, Share, Shares
 from secateur.numerics import cut_by, noting_steps
 from secateur.plans import BlockCut, Plan, Tensors, block_removed, check_cut
 from secateur.progress import Progress
-from secateur.statistics import Channels, Moments, gather, relative_to
+from secateur.statistics import Channels, Moments, gather
 from secateur.streaming import Stream
 from secateur.surveys import by_gradients, by_statistics
 
@@ -306,10 +306,8 @@ class Engine:
         held_out: dict[str, Moments] = {}
         channels: dict[str, Channels] = {}
         if method.needs == "moments":
-            factors: dict[str, torch.Tensor] = {}
-            if hidden is not None and (relative := method.relative(anatomy) & readers.keys()):
-                factors = dict.fromkeys(relative, relative_to(hidden))
-            with gather(module, readers, Moments, apart, behind, factors) as (moments, held_out):
+            relative = method.relative(anatomy)
+            with gather(module, readers, Moments, apart, behind, relative) as (moments, held_out):
                 out = self._pass_on(layer, module, hidden)
         else:
             with gather(module, readers, Channels, behind=behind) as (channels, _):

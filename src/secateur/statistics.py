@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -215,12 +215,11 @@ def relative_to(hidden: torch.Tensor) -> torch.Tensor:
         hidden: h, (..., hidden size).
 
     Returns:
-        square roots of the weights, whose mean is one, (tokens,) float32.
+        square roots of the weights, (tokens, 1) float32.
     """
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    power = torch.cat([x.double().square().mean(-1) for x in flat.split(TOKENS_PER_CHUNK)])
-    weights = 1 / power.clamp(min=1e-6 * float(power.median()) or 1.0)
-    return (weights / weights.mean()).sqrt().float()
+    flat = hidden.detach().reshape(-1, hidden.shape[-1])
+    power = flat.double().square().mean(-1, keepdim=True)
+    return power.clamp(min=1e-12).rsqrt().float()
 
 
 S = TypeVar("S", Moments, Channels)
@@ -242,7 +241,7 @@ def gather(
     kind: type[S],
     apart: int | None = None,
     behind: Mapping[str, tuple[str, int]] | None = None,
-    factors: Mapping[str, torch.Tensor] | None = None,
+    relative: Collection[str] = (),
 ) -> Iterator[tuple[dict[str, S], dict[str, S]]]:
     """Gather statistics of each signal while ``block`` runs.
 
@@ -252,8 +251,8 @@ def gather(
             many (:meth:`Anatomy.behind`).
         kind: :class:`Moments`, or :class:`Channels`.
         apart: number of the token from which on statistics are also taken on their own.
-        factors: for signals whose tokens do not count alike, what each token is multiplied with,
-            (tokens,): see :func:`relative_to`.
+        relative: signals whose tokens count in relation to what the block puts out, by
+            :func:`relative_to`.
 
     Yields:
         the statistics of all tokens, and of those from ``apart`` on; filled while the block runs.
@@ -262,30 +261,37 @@ def gather(
     late: dict[str, S] = {}
     seen = dict.fromkeys(layer_of_signal, 0)
 
-    def taker(signal: str) -> Callable[[torch.Tensor], None]:
-        def take(signals: torch.Tensor) -> None:
-            x = signals.reshape(-1, signals.shape[-1])
-            for part in (found, late):
-                part.setdefault(signal, kind.empty(x.shape[-1], x.device))
-            if factors is not None and signal in factors:
-                x = x * factors[signal][seen[signal] : seen[signal] + len(x), None]
-            early = len(x) if apart is None else min(max(apart - seen[signal], 0), len(x))
-            seen[signal] += len(x)
-            with solving_for(signal):
-                if early:
-                    found[signal].add(x[:early])
-                if early < len(x):
-                    late[signal].add(x[early:])
+    waiting: list[tuple[str, torch.Tensor]] = []  # until it is known what the block puts out
 
-        return take
+    def take(signal: str, x: torch.Tensor) -> None:
+        for part in (found, late):
+            part.setdefault(signal, kind.empty(x.shape[-1], x.device))
+        early = len(x) if apart is None else min(max(apart - seen[signal], 0), len(x))
+        seen[signal] += len(x)
+        with solving_for(signal):
+            if early:
+                found[signal].add(x[:early])
+            if early < len(x):
+                late[signal].add(x[early:])
+
+    def met(signal: str, signals: torch.Tensor) -> None:
+        x = signals.reshape(-1, signals.shape[-1])
+        if signal in relative:
+            waiting.append((signal, x))
+        else:
+            take(signal, x)
+
+    def put_out(_: nn.Module, __: Any, out: Any) -> None:
+        factors = relative_to(out[0] if isinstance(out, tuple) else out)
+        for signal, x in waiting:
+            take(signal, x * factors)
+        waiting.clear()
 
     def at_entry(signal: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        take = taker(signal)
-        return lambda _, args: take(args[0])
+        return lambda _, args: met(signal, args[0])
 
     def at_exit(signal: str, count: int) -> Callable[[nn.Module, Any, torch.Tensor], None]:
-        take = taker(signal)
-        return lambda _, __, out: take(out[..., :count])
+        return lambda _, __, out: met(signal, out[..., :count])
 
     handles = [
         block.get_submodule(path).register_forward_pre_hook(at_entry(signal))
@@ -297,6 +303,8 @@ def gather(
         for signal, (path, count) in (behind or {}).items()
         if signal in layer_of_signal
     ]
+    if any(signal in relative for signal in layer_of_signal):
+        handles.append(block.register_forward_hook(put_out))
     try:
         yield found, late
     finally:
