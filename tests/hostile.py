@@ -1,7 +1,7 @@
 """What opens files of others as the program does, and what must hold whatever is in them.
 
-Mutations of the files are in ``mutations.py``. Shared by ``test_hostile.py``, which tries some dozens of inputs of each target, and by
-``bench/fuzz.py``, which tries as many as there is time for.
+Mutations of them are in ``mutations.py``. Shared by ``test_hostile.py``, which tries some dozens of
+inputs of each target, and by ``bench/fuzz.py``, which tries as many as there is time for.
 """
 
 from __future__ import annotations

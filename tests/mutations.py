@@ -11,7 +11,8 @@ from typing import Any
 
 #: Text that is meant to be more than text.
 MARKUP = (
-    "<script>alert(1)</script>", "</code></table>", "\n# a title", "a | b", "
+    "<script>alert(1)</script>", "</code></table>", "\n# a title", "a | b", "](javascript:x)",
+    "```", "---\nlicense: mit", "../../x", "{{ 7 * 7 }}", "{% raw %}", "<!--", '"onx="',
 )  # fmt: skip
 #: What JSON's own writer cannot write, by what stands for it in a tree.
 UNWRITTEN = {"@deep@": "[" * 50_000 + "]" * 50_000, "@long@": "9" * 5000}
@@ -20,8 +21,7 @@ VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 3, 2**31, 2**63, 10**30, 0.5, float("nan"), float("inf"), 1e308, "", "x", [],
     [[]], {}, {"a": None}, [None] * 3, "../../../../etc/passwd", "/etc/passwd", "a\nb\r\x1b[31m",
     "<script>alert(1)</script>", "{{ 7 * 7 }}", "\ud800", "x" * 70_000, "!!python/object",
-    *UNWRITTEN,
-    "evil.Evil", "evil/evil--evil.Evil", [1, "a", {}], "__class__", "auto", "cuda:0",
+    *UNWRITTEN, "evil.Evil", "evil/evil--evil.Evil", [1, "a", {}], "__class__", "auto", "cuda:0",
 )  # fmt: skip
 WORDS = (
     b"../../x", b"/etc/passwd", b"null", b"-1", b"1e999", b"9" * 30, b'"', b"{}", b"[" * 2000,

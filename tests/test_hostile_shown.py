@@ -1,4 +1,4 @@
-"""What comes from files of others is shown, on pages, cards and terminals, and does nothing there."""
+"""What comes from files of others is shown on pages, cards and terminals, and no more."""
 
 from __future__ import annotations
 
