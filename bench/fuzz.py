@@ -34,7 +34,7 @@ ADDRESSES = 12 << 30
 INSTRUMENTED = [
     "secateur.checkpoint", "secateur.recipe", "secateur.outputs.record", "secateur.exporting",
     "secateur.outputs.gguf_tokenizer", "secateur.outputs.tokenizer_parts", "secateur.modules",
-    "secateur.anatomy", "secateur.skeleton", "secateur.recovery.source", "gguf.gguf_reader", "yaml",
+    "secateur.anatomy", "secateur.skeleton", "secateur.recovery.source", "gguf.gguf_reader",
 ]  # fmt: skip
 
 

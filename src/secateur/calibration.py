@@ -130,6 +130,16 @@ def load_text(
     )
 
 
+def hides_a_set(name: str) -> str | None:
+    """A note for the user where a file has the name of a set, and is read in its place."""
+    if name not in SETS or not Path(name).is_file():
+        return None
+    return (
+        f"{name} is the file {Path(name).resolve()} here, not the set of that name: to get the "
+        "set, rename the file or start in another folder"
+    )
+
+
 def draw_windows(
     text: Text, tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int, seed: int
 ) -> Windows:

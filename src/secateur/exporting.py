@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from secateur.outputs.verify_gguf import GgufVerification, verify_gguf
 from secateur.plans import BlockCut, Plan
 from secateur.progress import Progress
 from secateur.rotation.plan import stored_plan
+from secateur.scratch import scratch
 from secateur.streaming import Stream
 
 if TYPE_CHECKING:
@@ -275,8 +275,8 @@ def bench(
     found = [(f"torch, float32: {what}", [speed.HEADER, *speed.table(measured)])]
     try:
         llama_cpp.require("measuring in llama.cpp")
-        with tempfile.TemporaryDirectory(prefix="secateur-bench-") as folder:
-            files = _files(sources, Path(folder), weights, trust_remote_code, progress)
+        with scratch() as folder:
+            files = _files(sources, folder, weights, trust_remote_code, progress)
             progress.stage("measuring in llama.cpp", 1)
             runs = speed.bench_llama_cpp(files, **settings)
             progress.step()
