@@ -70,8 +70,13 @@ def check_record(record: dict[str, Any], source: object) -> None:
         value: Any = record
         for key in path.split("."):
             value = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(value, kind) or (kind is not str and not abs(value) < 2**63):
+        if not (isinstance(value, kind) and _is_no_large_number(value)):
             raise SourceError(
                 f"source {source} has a damaged {RECORD}: its {path} is {str(value)[:80]!r}, and "
                 f"should be of type {kind.__name__}; prune the model again"
             )
+
+
+def _is_no_large_number(value: Any) -> bool:
+    """Whether a value, if it is a number, is finite and of a size that can be counted to."""
+    return not isinstance(value, int | float) or -(2**63) < value < 2**63
