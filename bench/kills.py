@@ -1,12 +1,17 @@
 """kill -9 of running ``secateur prune`` commands in every stage, and whether the bytes come out.
 
-    python bench/kills.py MODEL [--kills 60] [--seed 0] [--cold] [-- PRUNE OPTIONS]
+    python bench/kills.py MODEL [--kills 60] [--seed 0] [--cold] [--gguf] [--log FILE] \\
+        [-- PRUNE OPTIONS]
 
 One unbroken run says which stages there are and how long each takes. Then outputs are made under
 kills: most stages in turn, in each at a moment drawn from one of its next occurrences, and each
 time the same command goes on. The last one must end in the same bytes as the unbroken run, with
-nothing left beside them. Prints a Markdown table of where the kills really fell; exit code 1 if any
-bytes differ.
+nothing left beside them. Prints a line for each kill and a Markdown table of where they really fell
+at the end; exit code 1 if any bytes differ.
+
+With ``--log`` each line is appended to a JSONL file too, and the same command goes on behind the
+last output in it, so that a campaign may be cut off at any time. ``--workers 2`` among the options
+of prune has the blocks cut by processes of their own; ``--gguf`` makes a GGUF file.
 
 Each run is a fork of a process that has imported everything, or with ``--cold`` a process of its
 own from the interpreter on. The command line, its stages and the signal are the real ones; only
@@ -16,6 +21,7 @@ names of stages are written to a pipe when they begin and end.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import select
@@ -73,21 +79,25 @@ def work(pipe: int, arguments: list[str]) -> int:
     from secateur import cli, pruning
     from secateur.checkpoint.writer import Journal
     from secateur.engine import Engine
-    from secateur.methods.structured import Structured
+    from secateur.fit_text import FitText
     from secateur.outputs import hf
 
     teller = Teller(pipe)
     for owner, name, stage in (
         (Engine, "choose_layers", "layer stage"),
-        (Engine, "_look", "statistics"),
-        (Structured, "cut", "solve"),
+        (FitText, "windows", "windows of text"),
+        (Engine, "look", "statistics"),
+        (Engine, "_cut_block", "solve"),
+        (pruning.Blocks, "cut", "blocks at workers"),
         (hf, "write_block", "shard write"),
-        (pruning, "write_tensors", "shard write"),
+        (pruning, "write_cut", "shard write"),
         (Journal, "add", "journal write"),
         (pruning, "_write_rest", "output"),
         (pruning, "write_pruning_page", "output"),
         (pruning, "verify_folder", "verify"),
+        (pruning, "_export", "GGUF"),
         (Journal, "finish", "naming and tidying"),
+        (Journal, "finish_file", "naming and tidying"),
     ):
         teller.watch(owner, name, stage)
     sys.argv = ["secateur", *arguments]
@@ -213,9 +223,10 @@ def durations(events: list[Event]) -> dict[str, list[float]]:
     return found
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the page, which says how long its run took."""
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != "report.html"}
+def contents(out: Path) -> dict[str, bytes]:
+    """Every file of a result but the page, which says how long its run took."""
+    files = sorted(out.iterdir()) if out.is_dir() else [out]
+    return {path.name: path.read_bytes() for path in files if path.name != "report.html"}
 
 
 def draw(stage: str, known: dict[str, list[float]], chance: random.Random) -> Moment:
@@ -226,62 +237,113 @@ def draw(stage: str, known: dict[str, list[float]], chance: random.Random) -> Mo
     return Moment(stage, number + 1, chance.random() * known[stage][number])
 
 
-def say(text: str) -> None:
-    """A sign of life."""
-    print(text, file=sys.stderr, flush=True)
+class Log:
+    """What a campaign has seen, on the terminal and in a JSONL file, with which it goes on.
+
+    Args:
+        path: the file; None for none.
+        settings: of the campaign; a file of another one is refused.
+    """
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        self._path = path
+        self.outputs: list[dict[str, Any]] = []
+        lines: list[dict[str, Any]] = []
+        if path is not None and path.is_file():
+            whole, _, cut = path.read_text().rpartition("\n")
+            lines = [json.loads(line) for line in whole.splitlines()]
+            if cut:  # by the end of the one before
+                path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        if lines and lines[0] != settings:
+            raise SystemExit(f"{path} is of another campaign: {lines[0]}")
+        if not lines:
+            self._add(settings)
+        self.outputs = [line for line in lines if "same" in line]
+
+    def _add(self, line: dict[str, Any]) -> None:
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    @property
+    def kills(self) -> int:
+        return sum(len(output["killed in"]) for output in self.outputs)
+
+    def killed(self, number: int, kill: Moment, stage: str, before: int) -> None:
+        """A kill fell; whether it did harm, its output will show."""
+        self._add({"output": number, "kill": stage, "aimed": vars(kill)})
+        where = f"{kill.stage} {kill.occurrence} after {kill.after:.3f} s"
+        print(f"kill {self.kills + before}: output {number}, {stage} ({where})", flush=True)
+
+    def done(self, number: int, places: list[str], same: bool) -> None:
+        """An output stands."""
+        output = {"output": number, "killed in": places, "same": same}
+        self.outputs.append(output)
+        self._add(output)
+        word = "the same bytes" if same else "NOT THE SAME"
+        print(f"output {number}: {word} after {len(places)} kills", flush=True)
+
+    def table(self) -> str:
+        """Kills, and results that differ, by stage."""
+        places = [(place, out["same"]) for out in self.outputs for place in out["killed in"]]
+        lines = ["| stage | kills | results that differ |", "|---|---|---|"]
+        for stage in dict.fromkeys(place for place, _ in places):
+            same = [good for place, good in places if place == stage]
+            lines.append(f"| {stage} | {len(same)} | {same.count(False)} |")
+        bad = sum(not out["same"] for out in self.outputs)
+        lines.append(f"| all ({len(self.outputs)} outputs) | {len(places)} | {bad} |")
+        return "\n".join(lines)
 
 
-def campaign(model: str, kills: int, seed: int, cold: bool, options: list[str]) -> bool:
-    """Kill until there were so many kills; print the table. Whether all bytes came out."""
-    chance = random.Random(seed)
-    fell: dict[str, int] = {}
-    differing: dict[str, int] = {}
+def campaign(command: list[str], kills: int, seed: int, cold: bool, name: str, log: Log) -> bool:
+    """Kill until there were so many kills; print the table. Whether all bytes came out.
+
+    Args:
+        command: ``prune MODEL`` and its options, without ``--out``.
+        name: of the result.
+    """
     with tempfile.TemporaryDirectory(prefix="secateur-kills-") as scratch:
         root = Path(scratch)
 
-        def prune(name: str, kill: Moment | None = None) -> Ended:
-            command = ["prune", model, "--out", str(root / name / "out"), *options]
-            (root / name).mkdir(exist_ok=True)
-            return run(command, root / f"{name}.log", cold=cold, kill=kill)
+        def prune(of: str, kill: Moment | None = None) -> Ended:
+            (root / of).mkdir(exist_ok=True)
+            whole = [*command, "--out", str(root / of / name)]
+            return run(whole, root / f"{of}.log", cold=cold, kill=kill)
 
         began = time.monotonic()
         whole = prune("whole")
         if whole.status:
             raise SystemExit(whole.log)
-        wanted = contents(root / "whole" / "out")
+        wanted = contents(root / "whole" / name)
         known = durations(whole.events)
         known[OPENING] = [whole.events[0].time - began]
         stages = [OPENING, *(stage for stage in known if stage != OPENING)]
-        number = 0
-        while sum(fell.values()) < kills:
+        print(f"stages: {', '.join(stages)}", flush=True)
+        number = len(log.outputs)
+        while log.kills < kills:
             number += 1
-            name, places = f"run{number}", []
+            chance = random.Random(f"{seed} {number}")
+            of, places = f"run{number}", list[str]()
             for stage in [each for each in stages if chance.random() < HIT]:
-                ended = prune(name, draw(stage, known, chance))
+                kill = draw(stage, known, chance)
+                ended = prune(of, kill)
                 if ended.status != -signal.SIGKILL:
                     break  # it was over before
                 places.append(ended.stage)
-                fell[ended.stage] = fell.get(ended.stage, 0) + 1
-            if [p.name for p in (root / name).iterdir()] != ["out"]:
-                ended = prune(name)
-            good = (
-                (root / name / "out").is_dir()
-                and contents(root / name / "out") == wanted
-                and [p.name for p in (root / name).iterdir()] == ["out"]
+                log.killed(number, kill, ended.stage, len(places))
+            if [path.name for path in (root / of).iterdir()] != [name]:
+                ended = prune(of)
+            same = [path.name for path in (root / of).iterdir()] == [name] and (
+                contents(root / of / name) == wanted
             )
-            if not good and not places:
+            if not same and not places:
                 raise SystemExit(ended.log)  # no kill is at fault
-            if not good:
-                for place in places:
-                    differing[place] = differing.get(place, 0) + 1
-                say(f"run {number}, killed in {', '.join(places)}: not the same\n{ended.log}")
-            shutil.rmtree(root / name)
-            say(f"{sum(fell.values())} of {kills} kills")
-    print("| stage | kills | results that differ |\n|---|---|---|")
-    for stage in stages:
-        print(f"| {stage} | {fell.get(stage, 0)} | {differing.get(stage, 0)} |")
-    print(f"| all ({number} outputs) | {sum(fell.values())} | {sum(differing.values())} |")
-    return not differing
+            log.done(number, places, same)
+            if not same:
+                print(ended.log, flush=True)
+            shutil.rmtree(root / of)
+    print(log.table())
+    return all(output["same"] for output in log.outputs)
 
 
 def main() -> None:
@@ -297,6 +359,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--gguf", action="store_true")
+    parser.add_argument("--log", type=Path)
     args = parser.parse_args(arguments)
     os.environ["OMP_NUM_THREADS"] = "1"  # no pool of threads that a fork would lose
     if not args.cold:
@@ -307,7 +371,10 @@ def main() -> None:
         import secateur.pruning  # noqa: F401
 
         torch.set_num_threads(1)
-    same = campaign(args.model, args.kills, args.seed, args.cold, options)
+    settings = {"model": args.model, "options": options, "seed": args.seed, "gguf": args.gguf}
+    command = ["prune", args.model, *options]
+    name = "out.gguf" if args.gguf else "out"
+    same = campaign(command, args.kills, args.seed, args.cold, name, Log(args.log, settings))
     raise SystemExit(0 if same else 1)
 
 

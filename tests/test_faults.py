@@ -114,7 +114,7 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path: Path) -> None:
 def test_a_lock_file_that_goes_away_meanwhile_is_not_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, take, times = tmp_path / "lock", lock._take, [0]
+    path, take, times = tmp_path / "lock", lock.take, [0]
 
     def taken_away(handle: int, out: Path) -> None:
         take(handle, out)
@@ -122,7 +122,7 @@ def test_a_lock_file_that_goes_away_meanwhile_is_not_held(
         if times[0] == 1:
             path.unlink()  # the one before has finished just now
 
-    monkeypatch.setattr(lock, "_take", taken_away)
+    monkeypatch.setattr(lock, "take", taken_away)
     held = Lock(path, tmp_path / "out")
     assert times[0] == 2
     assert path.read_text().split()[1] == str(os.getpid())

@@ -26,6 +26,7 @@ from secateur.checkpoint.writer import work_folder
 from secateur.errors import (
     CalibrationError,
     MemoryLimitError,
+    OutputError,
     RecipeError,
     SecateurError,
     SourceError,
@@ -153,6 +154,22 @@ def test_verify_takes_healed_weights_for_the_plans_new_ones(models: Models) -> N
     """Cut again by the plan, the original is the pruned model; the healed weights go in place."""
     said = secateur("verify", models.lora.out, "--against", models.dense).fine()
     assert "largest logit difference" in said
+
+
+def test_what_a_link_leads_to_is_not_copied(models: Models, tmp_path: Path) -> None:
+    folder = shutil.copytree(models.per_layer, tmp_path / "model")
+    secret, link = tmp_path / "secret", folder / "LICENSE"
+    secret.write_text("precious")
+    link.symlink_to(secret)
+    with pytest.raises(OutputError) as caught:
+        heal(folder, tmp_path / "out", make_settings(**{**QUICK, "steps": 1}), verify=False)
+    assert str(caught.value) == (
+        f"{link} is a link to {secret}, which would be copied into the output: put a copy of the "
+        "file in its place if it belongs to the model, or remove the link"
+    )
+    assert not (tmp_path / "out").exists()
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and path != secret]
+    assert not any(b"precious" in path.read_bytes() for path in written if path != link)
 
 
 def test_a_healed_model_is_no_source_of_training_free_ones(models: Models, tmp_path: Path) -> None:

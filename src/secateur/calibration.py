@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from secateur.checkpoint.base import first_line, is_panic
 from secateur.errors import CalibrationError, SourceError
 
 if TYPE_CHECKING:
@@ -129,6 +130,16 @@ def load_text(
     )
 
 
+def hides_a_set(name: str) -> str | None:
+    """A note for the user where a file has the name of a set, and is read in its place."""
+    if name not in SETS or not Path(name).is_file():
+        return None
+    return (
+        f"{name} is the file {Path(name).resolve()} here, not the set of that name: to get the "
+        "set, rename the file or start in another folder"
+    )
+
+
 def draw_windows(
     text: Text, tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int, seed: int
 ) -> Windows:
@@ -190,11 +201,23 @@ def consecutive_windows(
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> torch.Tensor:
-    """Token ids of ``text``, without special tokens, (tokens,)."""
+    """Token ids of ``text``, without special tokens, (tokens,).
+
+    Raises:
+        SourceError: the tokenizer gives up; a damaged one may do so at one text and not at others.
+    """
     # JSON may hold half of a surrogate pair, which no tokenizer takes.
     text = text.encode("utf-8", "replace").decode("utf-8")
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    try:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+    except BaseException as error:  # tokenizers itself raises plain Exception, or panics
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
+        raise SourceError(
+            f"the tokenizer cannot cut a text into tokens ({first_line(error)}): put the model's "
+            "own tokenizer files beside config.json"
+        ) from error
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 USER_MISTAKE = 2
+#: Signs of a message that are shown; a file may hold a name of a million.
+SHOWN = 3000
 INTERRUPTED = 130
 #: Faults of a disk, a mount or this machine's limits: nothing that a bug of ours would raise.
 FAULTS = {
@@ -110,7 +112,8 @@ def one_line(error: BaseException) -> tuple[str, int]:
     Anything else is a bug of ours and is raised again, so that its traceback is seen.
     """
     if isinstance(error, SecateurError):
-        return " ".join(str(error).split()), error.exit_code
+        line = printable(" ".join(str(error).split()))
+        return line if len(line) <= SHOWN else f"{line[:SHOWN]} ...", error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return (
             "interrupted; finished blocks are kept, the same command continues from there",
@@ -143,6 +146,14 @@ def one_line(error: BaseException) -> tuple[str, int]:
             USER_MISTAKE,
         )
     raise error
+
+
+def printable(text: str) -> str:
+    """Text of a file as a terminal can show it: what would steer the terminal is written out."""
+    if text.isprintable():
+        return text
+    signs = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(signs)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from secateur.anatomy import describe_residual
 from secateur.checkpoint import Checkpoint, local_path, open_checkpoint
@@ -24,7 +23,11 @@ from secateur.outputs.verify_gguf import GgufVerification, verify_gguf
 from secateur.plans import BlockCut, Plan
 from secateur.progress import Progress
 from secateur.rotation.plan import stored_plan
+from secateur.scratch import scratch
 from secateur.streaming import Stream
+
+if TYPE_CHECKING:
+    import torch
 
 FORMATS = ("gguf", "packed", "plain")
 
@@ -180,6 +183,7 @@ def plan_of(checkpoint: Checkpoint, source: Stream) -> Plan:
         tensors = {} if rotated else load_file(folder / PLAN_TENSORS)
         origin = record["source"]["fingerprint"]
         kept = [int(block["source"]) for block in record["plan"]["blocks"]]
+        name = str(record["source"].get("name", ""))
     except Exception as error:  # missing, damaged or foreign files, in many ways
         raise SourceError(
             f"{checkpoint.source} has no plan ({RECORD}, {PLAN_TENSORS}) to compare with "
@@ -188,9 +192,35 @@ def plan_of(checkpoint: Checkpoint, source: Stream) -> Plan:
     if origin != source.checkpoint.fingerprint:
         raise SourceError(
             f"{checkpoint.source} was not made from {source.checkpoint.source}: give --against "
-            f"the model {record['source'].get('name', '')} that it was pruned from"
+            f"the model {name} that it was pruned from"
         )
-    if rotated:
+    try:
+        if kept != sorted({*kept} & {*range(source.anatomy.layers)}):
+            raise ValueError(f"blocks {kept[:100]}")
+        return _stored_plan(checkpoint.folder, source, record, tensors, kept)
+    except (
+        ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError
+    ) as error:  # fmt: skip
+        raise SourceError(
+            f"{checkpoint.source} has a damaged plan in {RECORD} or {PLAN_TENSORS} ({error!r}): "
+            "leave --against out, or prune the model again"
+        ) from error
+
+
+def _stored_plan(
+    folder: Path,
+    source: Stream,
+    record: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    kept: list[int],
+) -> Plan:
+    """The plan of a folder on the anatomy of its source.
+
+    Args:
+        tensors: of the plan's file.
+        kept: the source's numbers of the blocks that are left.
+    """
+    if "rotation" in record["plan"]:
         stream = describe_residual(source.model, source.anatomy)
         sliced = stored_plan(source.anatomy, stream, record["plan"], folder)
         sliced.check()
@@ -203,7 +233,7 @@ def plan_of(checkpoint: Checkpoint, source: Stream) -> Plan:
         new = record["plan"]["blocks"][number].get("new_weights", [])
         if "healed" in record:  # trained on from the scaled weights: the scales are in them
             cut.scales = {k: v for k, v in cut.scales.items() if k not in new}
-        cut.weights = stored_weights(checkpoint.folder, plan, number, len(kept), new)
+        cut.weights = stored_weights(folder, plan, number, len(kept), new)
         plan.blocks.append(cut)
     plan.check()
     return plan
@@ -245,8 +275,8 @@ def bench(
     found = [(f"torch, float32: {what}", [speed.HEADER, *speed.table(measured)])]
     try:
         llama_cpp.require("measuring in llama.cpp")
-        with tempfile.TemporaryDirectory(prefix="secateur-bench-") as folder:
-            files = _files(sources, Path(folder), weights, trust_remote_code, progress)
+        with scratch() as folder:
+            files = _files(sources, folder, weights, trust_remote_code, progress)
             progress.stage("measuring in llama.cpp", 1)
             runs = speed.bench_llama_cpp(files, **settings)
             progress.step()

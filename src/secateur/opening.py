@@ -9,7 +9,13 @@ from typing import Any
 import torch
 
 import secateur
-from secateur.calibration import Windows, check_vocabulary, draw_windows, load_text
+from secateur.calibration import (
+    Windows,
+    check_vocabulary,
+    draw_windows,
+    hides_a_set,
+    load_text,
+)
 from secateur.checkpoint import Checkpoint, open_checkpoint
 from secateur.checkpoint.writer import Journal
 from secateur.devices import check_device
@@ -66,6 +72,8 @@ class Opened:
                 f"length is {spec.length}, the model's positions end at {longest}: lower --length"
             )
         check_vocabulary(self.checkpoint.tokenizer, int(self.checkpoint.config.vocab_size))
+        if note := hides_a_set(spec.source):
+            self.progress.note(note)
         text = load_text(
             spec.source, use="calibration", text_field=spec.text_field, data_dir=spec.data_dir
         )

@@ -26,6 +26,9 @@ Tensors = dict[str, torch.Tensor]
 #: The key of a block's notes under which the steps of its solvers stand, as lines.
 STEPS = "numerics"
 
+#: What of a cut is tensors by the names of layers; in a file, the first part of their names.
+KINDS_OF_TENSORS = ("inputs", "scales", "rows", "biases")
+
 
 @dataclass
 class BlockCut:
@@ -56,8 +59,7 @@ class BlockCut:
 
     def tensors(self) -> Tensors:
         """All tensors but new weights under flat names, for a file; those are in the shards."""
-        parts = {"inputs": self.inputs, "scales": self.scales, "rows": self.rows,
-                 "biases": self.biases}  # fmt: skip
+        parts: dict[str, Tensors] = {kind: getattr(self, kind) for kind in KINDS_OF_TENSORS}
         # Coupled layers share one index tensor; a file wants each name to have its own.
         flat = {f"{k}.{name}": t.clone() for k, named in parts.items() for name, t in named.items()}
         return flat if self.groups is None else {**flat, "groups.kept": self.groups.clone()}
@@ -88,14 +90,20 @@ class BlockCut:
     def of(
         cls, source: int, tensors: Mapping[str, torch.Tensor], notes: dict[str, Any]
     ) -> BlockCut:
-        """The reverse of :meth:`tensors`."""
+        """The reverse of :meth:`tensors`.
+
+        Raises:
+            ValueError: tensors of other names.
+        """
         cut = cls(source, notes=notes)
         for flat, tensor in tensors.items():
             kind, name = flat.split(".", 1)
             if kind == "groups":
                 cut.groups = tensor
-            else:
-                getattr(cut, kind)[name] = tensor
+                continue
+            if kind not in KINDS_OF_TENSORS:
+                raise ValueError(f"no plan holds {flat}")
+            getattr(cut, kind)[name] = tensor
         return cut
 
 

@@ -20,6 +20,12 @@ BYTE_UNITS = {
     "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
 }  # fmt: skip
 
+#: A recipe is a page of text: bytes of its file, and values in it, that are beyond reason.
+MOST_BYTES = 2**16
+MOST_VALUES = 10_000
+#: Lists and fields inside one another; the time that PyYAML takes grows with the square of it.
+MOST_DEPTH = 50
+
 
 class CalibrationSpec(BaseModel):
     """Which text the statistics are taken from."""
@@ -195,21 +201,7 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
     Raises:
         RecipeError: no such file, not YAML, unknown or wrong fields.
     """
-    import yaml
-
-    file = Path(path).expanduser()
-    try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RecipeError(f"recipe {path} does not exist") from error
-    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"recipe {path} cannot be read as YAML: {reason}") from error
-    if not isinstance(raw, dict):
-        raise RecipeError(
-            f"recipe {path} does not consist of fields: write one a line, such as 'remove: 20%'"
-        )
-    raw = {str(key): value for key, value in raw.items()}
+    raw = read_fields(path)
     calibration = raw.get("calibration") or {}
     if isinstance(calibration, dict):
         calibration = {**calibration, **overrides.pop("calibration", {})}
@@ -229,6 +221,87 @@ def load_recipe(path: str | Path, **overrides: Any) -> Recipe:
         raw = {k: v for k, v in raw.items() if k not in replaced}
     merged = {**raw, **overrides, "calibration": calibration, "options": options}
     return make_recipe(**merged)
+
+
+def read_fields(path: str | Path) -> dict[str, Any]:
+    """The fields of a recipe's file, which may be anybody's, before they are checked.
+
+    Raises:
+        RecipeError: no such file, not YAML, or far more in it than a recipe has.
+    """
+    import yaml
+
+    try:
+        file = Path(path).expanduser()
+        if file.stat().st_size > MOST_BYTES:
+            raise RecipeError(f"recipe {path} is larger than {MOST_BYTES:,} bytes: it is no recipe")
+        text = file.read_text(encoding="utf-8")
+        _check_depth(path, text)
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            raw = None
+        elif _values(node, {}) > MOST_VALUES:
+            raise RecipeError(
+                f"recipe {path} has more than {MOST_VALUES:,} values when its aliases are written "
+                "out: it is no recipe"
+            )
+        else:
+            raw = loader.construct_document(node)
+    except FileNotFoundError as error:
+        raise RecipeError(f"recipe {path} does not exist") from error
+    except (
+        yaml.YAMLError, ValueError, OSError, LookupError, TypeError, AttributeError, RecursionError,
+        RuntimeError,
+    ) as error:  # fmt: skip
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"recipe {path} cannot be read as YAML: {reason}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(
+            f"recipe {path} does not consist of fields: write one a line, such as 'remove: 20%'"
+        )
+    return {str(key): value for key, value in raw.items()}
+
+
+def _check_depth(path: str | Path, text: str) -> None:
+    """Read no further than to where a recipe nests deeper than any does.
+
+    Raises:
+        RecipeError: it does.
+        YAMLError: it is not YAML.
+    """
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MOST_DEPTH:
+            raise RecipeError(
+                f"recipe {path} nests lists and fields deeper than {MOST_DEPTH} times: it is no "
+                "recipe"
+            )
+
+
+def _values(node: Any, known: dict[int, float]) -> float:
+    """How many values a YAML node has with its aliases written out; infinitely many in a loop.
+
+    Args:
+        known: the same of nodes by their id.
+    """
+    import yaml
+
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is known: where it is met again, it holds itself
+        inner: list[Any] = []
+        if isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        elif isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+        else:
+            node.value.encode()  # YAML can write halves of surrogate pairs, which are no text
+        known[id(node)] = 1 + sum(_values(part, known) for part in inner)
+    return known[id(node)]
 
 
 def parse_share(text: str) -> float:

@@ -31,15 +31,16 @@ def build_skeleton(checkpoint: Checkpoint) -> Any:
             f"blocks, the files hold {len(checkpoint.tensors)} tensors in all"
         )
     with torch.device("meta"):
-        if str(config.model_type).startswith(MODEL_TYPE_PREFIX):
-            _, model_class = pruned_classes(
-                config.secateur["base_config"], config.secateur["base_model"]
-            )
-            return model_class(config).eval()
         try:
-            model = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=checkpoint.trust_remote_code
-            )
+            if str(config.model_type).startswith(MODEL_TYPE_PREFIX):
+                _, model_class = pruned_classes(
+                    config.secateur["base_config"], config.secateur["base_model"]
+                )
+                model = model_class(config)
+            else:
+                model = AutoModelForCausalLM.from_config(
+                    config, trust_remote_code=checkpoint.trust_remote_code
+                )
         except Exception as error:  # transformers checks little; any value may fail anywhere
             text = (str(error).strip().splitlines() or [repr(error)])[0]
             text = repr(error) if isinstance(error, KeyError) else text

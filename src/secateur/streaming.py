@@ -17,7 +17,8 @@ from torch import nn
 
 from secateur.anatomy import Anatomy, describe
 from secateur.checkpoint import Checkpoint
-from secateur.errors import SourceError
+from secateur.checkpoint.base import first_line
+from secateur.errors import SecateurError, SourceError, is_out_of_memory
 from secateur.progress import give_back_memory
 from secateur.skeleton import bind, build_skeleton, drop_weights, fill_buffers, tie
 
@@ -187,6 +188,24 @@ class Stream:
 
     # ---- running -----------------------------------------------------------------------------
 
+    @contextmanager
+    def _its_own_code(self) -> Iterator[None]:
+        """While code of transformers runs, which believes all that a config says.
+
+        Raises:
+            SourceError: it failed.
+        """
+        try:
+            yield
+        except Exception as error:
+            ours = isinstance(error, SecateurError | _Recorded | OSError)
+            if ours or is_out_of_memory(error):
+                raise
+            raise SourceError(
+                f"the model {self.checkpoint.source} does not run with its config "
+                f"({type(error).__name__}: {first_line(error)}): fetch config.json again"
+            ) from error
+
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """What goes into the first block.
@@ -206,7 +225,7 @@ class Stream:
                     _Recorder(block, calls, last=i == len(self._blocks) - 1)
                     for i, block in enumerate(self._blocks)
                 ]
-                with self._blocks_replaced(recorders), suppress(_Recorded):
+                with self._blocks_replaced(recorders), suppress(_Recorded), self._its_own_code():
                     self.model(input_ids=batch.to(self.device), use_cache=False)
                 self._calls.setdefault((batch.shape[0], batch.shape[1]), calls)
                 hidden = recorders[0].hidden
@@ -227,7 +246,8 @@ class Stream:
     def call_block(self, index: int, block: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         """One call of :meth:`forward_block`; gradients flow where they are enabled."""
         kwargs = self._calls[batch.shape[0], batch.shape[1]][index]
-        out = block(batch, **kwargs)
+        with self._its_own_code():
+            out = block(batch, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def forward(
@@ -262,7 +282,8 @@ class Stream:
                 feeder = _Feeder(hidden[window : window + 1, start:end])
                 with self._blocks_replaced([feeder]):
                     ids = tokens[window : window + 1, start:end].to(self.device)
-                    logits = self.model(input_ids=ids, use_cache=False).logits
+                    with self._its_own_code():
+                        logits = self.model(input_ids=ids, use_cache=False).logits
                 yield window, start, logits[0].float()
 
     @torch.no_grad()

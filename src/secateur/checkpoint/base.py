@@ -115,9 +115,11 @@ class Checkpoint(ABC):
 
         try:
             # With the config given, it is not read again, nor is a modelling file beside it run.
-            return AutoTokenizer.from_pretrained(
+            opened = AutoTokenizer.from_pretrained(
                 self.folder, config=self.config, trust_remote_code=self.trust_remote_code
             )
+            opened("a", verbose=False)  # its settings are believed until they are needed
+            return opened
         except BaseException as error:  # of many kinds; tokenizers itself raises plain Exception
             if not (isinstance(error, Exception) or is_panic(error)):
                 raise
@@ -128,7 +130,7 @@ class Checkpoint(ABC):
                     "--trust-remote-code"
                 ) from error
             raise SourceError(
-                f"source {self.source} has no tokenizer that opens ({_first_line(error)}): put its "
+                f"source {self.source} has no tokenizer that opens ({first_line(error)}): put its "
                 "tokenizer.json and tokenizer_config.json beside config.json"
             ) from error
 
@@ -218,5 +220,5 @@ def linked_away(path: Path, folder: Path) -> bool:
     return not cached and root not in target.parents
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -63,7 +63,7 @@ class ExportedGguf(GgufCheckpoint):
                 f"{self.path} has damaged entries {CONFIG_KEY} or {TABLE_KEY} ({error!r}): export "
                 "it again"
             ) from error
-        self.folder = metadata_folder(self.path, tokenizer_keys(reader), made)
+        self.folder = metadata_folder(self.path, tokenizer_keys(self.path, reader), made)
         self.config = _config_of(self.folder)
         stored = dict(self.tensors)
         self.tensors = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from secateur.checkpoint.base import Checkpoint, TensorInfo, _first_line, read_bytes
+from secateur.checkpoint.base import Checkpoint, TensorInfo, first_line, read_bytes
 from secateur.checkpoint.gguf_header import check_header
 from secateur.errors import SourceError
 
@@ -37,7 +38,7 @@ class GgufCheckpoint(Checkpoint):
         self.source = str(path)
         self.path = path
         reader = open_reader(path) if reader is None else reader
-        self._architecture = str(reader.fields["general.architecture"].contents())
+        self._architecture = str(_value(path, reader, "general.architecture"))
         # The reader itself is not kept: its vocabulary is a hundred megabytes of small objects.
         self._entries = {entry.name: entry for entry in reader.tensors}
         self.tensors = {
@@ -63,7 +64,7 @@ class GgufCheckpoint(Checkpoint):
             config._name_or_path = ""
             return config, AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
 
-        self.folder = metadata_folder(self.path, tokenizer_keys(reader), made)
+        self.folder = metadata_folder(self.path, tokenizer_keys(self.path, reader), made)
         self.config = AutoConfig.from_pretrained(self.folder)
 
     @cached_property
@@ -96,12 +97,16 @@ class GgufCheckpoint(Checkpoint):
 
     def _load(self, name: str) -> torch.Tensor:
         shape = self.tensors[name].shape
-        done = self._processor.process(
-            weights=self._rows(name, shape, 0, shape[0]),
-            name=name,
-            tensor_key_mapping={},
-            parsed_parameters={},
-        )
+        rows = self._rows(name, shape, 0, shape[0])
+        try:
+            done = self._processor.process(
+                weights=rows, name=name, tensor_key_mapping={}, parsed_parameters={}
+            )
+        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+            raise SourceError(
+                f"tensor {name} of shape {list(shape)} in {self.path} does not fit the file's own "
+                f"keys ({first_line(error)}): fetch it again"
+            ) from error
         return torch.from_numpy(np.ascontiguousarray(done.weights))
 
     @property
@@ -135,7 +140,7 @@ def open_reader(path: Path) -> Any:
     except Exception as error:  # the reader trusts its input; anything may come out of bad bytes
         raise SourceError(
             f"{path} is truncated or damaged, or of a GGUF type that gguf does not know "
-            f"({_first_line(error)}): fetch it again"
+            f"({first_line(error)}): fetch it again"
         ) from error
     size = path.stat().st_size
     for entry in reader.tensors:
@@ -149,11 +154,25 @@ def open_reader(path: Path) -> Any:
     return reader
 
 
-def tokenizer_keys(reader: Any) -> dict[str, Any]:
+def tokenizer_keys(path: Path, reader: Any) -> dict[str, Any]:
     """How llama.cpp is told to tokenize; transformers' files keep only a part of it."""
     names = ("model", "pre", "add_bos_token", "add_space_prefix")
-    fields = {name: reader.fields.get(f"tokenizer.ggml.{name}") for name in names}
-    return {name: field.contents() for name, field in fields.items() if field is not None}
+    there = [name for name in names if f"tokenizer.ggml.{name}" in reader.fields]
+    return {name: _value(path, reader, f"tokenizer.ggml.{name}") for name in there}
+
+
+def _value(path: Path, reader: Any, key: str) -> Any:
+    """The value of a key; the reader decodes it only now.
+
+    Raises:
+        SourceError: it is none.
+    """
+    try:
+        return reader.fields[key].contents()
+    except (ValueError, LookupError, TypeError) as error:
+        raise SourceError(
+            f"{path} has a damaged entry {key} ({first_line(error)}): fetch it again"
+        ) from error
 
 
 def metadata_folder(path: Path, keys: dict[str, Any], made: Callable[[], tuple[Any, Any]]) -> Path:
@@ -176,7 +195,7 @@ def metadata_folder(path: Path, keys: dict[str, Any], made: Callable[[], tuple[A
     except Exception as error:  # unknown architectures, tokenizers and keys all end here
         raise SourceError(
             f"{path} is a GGUF file of a type that transformers cannot open "
-            f"({_first_line(error)}): give the Hugging Face folder of the model instead"
+            f"({first_line(error)}): give the Hugging Face folder of the model instead"
         ) from error
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
@@ -186,15 +205,22 @@ def metadata_folder(path: Path, keys: dict[str, Any], made: Callable[[], tuple[A
             f"config and tokenizer of {path} cannot be kept in {folder.parent} "
             f"({error.strerror}): let XDG_CACHE_HOME name a folder that can be written"
         ) from error
-    config.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    _drop_invented_tokens(partial / "tokenizer.json", int(config.vocab_size))
-    (partial / TOKENIZER_KEYS).write_text(json.dumps(keys), encoding="utf-8")
+    try:
+        config.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        _drop_invented_tokens(partial / "tokenizer.json", int(config.vocab_size))
+        (partial / TOKENIZER_KEYS).write_text(json.dumps(keys), encoding="utf-8")
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise  # a full disk is told as such
+        raise SourceError(
+            f"config and tokenizer of {path} cannot be kept ({first_line(error)}): give the "
+            "Hugging Face folder of the model instead"
+        ) from error
     try:
         partial.rename(folder)
     except OSError:  # another process was faster; its files are the same
-        import shutil
-
         shutil.rmtree(partial)
     return folder
 

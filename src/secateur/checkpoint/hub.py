@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
-from secateur.checkpoint.base import _first_line
+from secateur.checkpoint.base import first_line
 from secateur.errors import SourceError
 
 WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -36,7 +36,7 @@ def fetch(repo: str, trust_remote_code: bool = False) -> Path:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise  # a full disk is told as such
         plain = isinstance(error, errors.LocalEntryNotFoundError)
-        reason = "" if plain else f" ({_first_line(error)})"
+        reason = "" if plain else f" ({first_line(error)})"
         raise SourceError(
             f"source {repo} is no folder here and the hub cannot be reached{reason}: check the "
             "network, or give a local folder or GGUF file"

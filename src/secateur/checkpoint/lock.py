@@ -44,7 +44,7 @@ class Lock:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             self._handle = os.open(path, flags, 0o644)
             try:
-                _take(self._handle, out)
+                take(self._handle, out)
                 there = self._is_there()
             except BaseException:
                 self.release()
@@ -104,12 +104,17 @@ def check_free(path: Path, out: Path) -> None:
     except OSError:
         return  # no lock, or one that only the owner of the place could hold
     try:
-        _take(handle, out)
+        take(handle, out)
     finally:
         os.close(handle)
 
 
-def _take(handle: int, out: Path) -> None:
+def take(handle: int, out: Path) -> None:
+    """Lock an open file or folder.
+
+    Raises:
+        OutputError: another process holds it, or the file system has no locks.
+    """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from secateur.checkpoint.base import Checkpoint, TensorInfo, read_bytes
+from secateur.checkpoint.base import Checkpoint, TensorInfo, linked_away, read_bytes
 from secateur.checkpoint.packed import PACKED_TYPE, PARTS, TYPE_KEY, packed_shape, unpack
 from secateur.errors import SourceError
 
@@ -47,6 +47,11 @@ class SafetensorsCheckpoint(Checkpoint):
         self.config = load_config(folder, source, trust_remote_code)
         self.tensors = {}
         for path, names in _weight_files(folder).items():
+            if linked_away(path, folder):
+                raise SourceError(
+                    f"{path} is a link to {path.resolve()}, outside of the model's folder: put the "
+                    "file itself, or a hard link to it, in its place if it belongs to the model"
+                )
             header = read_header(path)
             missing = sorted(names - header.keys()) if names else []
             if missing:

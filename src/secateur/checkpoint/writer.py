@@ -280,6 +280,7 @@ class Journal:
                 self.out.rmdir()  # check_output made sure that it is empty
             os.replace(self.model, self.out)
             sync_folder(self.out.parent)
+            sync_folder(self.folder)  # the new name first: better twice than nowhere
         self._discard()
 
     def finish_file(self, made: Path) -> None:
@@ -287,6 +288,7 @@ class Journal:
         self.add("export", {})  # from here on a file of that name is ours
         os.replace(made, self.out)
         sync_folder(self.out.parent)
+        sync_folder(self.folder)
         self._discard()
 
     def _discard(self) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import typer
@@ -51,14 +53,24 @@ for _name, _command in _COMMANDS.items():
     app.command(_name)(_quietly(_command))
 
 
+def _forget_stdout() -> None:
+    """Let what is still to be flushed at the end go nowhere, instead of failing there."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> None:
     """Entry point: run a command; a user's mistake becomes one line and exit code 2."""
     arguments = sys.argv[1:] or ["--help"]
     try:
         with end_on_signals():
             code = app(arguments, standalone_mode=False)
+        sys.stdout.flush()  # here, where it can be said that nobody reads it any more
         if code == INTERRUPTED:  # typer makes this of Ctrl-C, and says nothing
             raise KeyboardInterrupt
+    except BrokenPipeError:  # who reads has had enough, as head has
+        _forget_stdout()
+        code = 1  # as click ends where it meets this first
     except (Exception, KeyboardInterrupt, Ended) as error:
         if hasattr(error, "format_message"):  # typer's own: unknown options, missing arguments
             text, code = error.format_message().rstrip(".") + "; see secateur --help", 2

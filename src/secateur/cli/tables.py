@@ -6,12 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from secateur.errors import printable
+
 if TYPE_CHECKING:
     from secateur.pipeline import PlanResult
     from secateur.rotation.plan import RotationPlan
 
 
 def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    header, rows = tuple(map(printable, header)), [tuple(map(printable, row)) for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     numeric = [
         bool(rows) and all(row[i][:1].isdigit() or row[i][:1] in "-–" for row in rows)

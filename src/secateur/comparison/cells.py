@@ -155,12 +155,11 @@ def _check(
 
 def _asks_for_zeros(file: Path) -> bool:
     """Whether a recipe makes zeros alone; what is wrong with the file, its cells will say."""
-    import yaml
-
     from secateur.methods import method_class
+    from secateur.recipe import read_fields
 
     try:
-        raw = yaml.safe_load(file.expanduser().read_text(encoding="utf-8"))
+        raw = read_fields(file)
         if raw.get("sparsity") is not None:
             return raw.get("then") is None
         return method_class(raw["method"]).makes_zeros

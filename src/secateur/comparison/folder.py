@@ -8,7 +8,6 @@ beside and renamed; that it is there is all the journal that is needed. Unfinish
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.calibration import BUILTIN
+from secateur.checkpoint.lock import take
 from secateur.checkpoint.writer import check_output, write_bytes, write_json
 from secateur.comparison.cells import Cell
 from secateur.errors import OutputError
@@ -47,13 +47,10 @@ class Folder:
         self._lock = os.open(self.path, os.O_RDONLY)
         try:
             # Of the kernel and on the folder itself: it dies with its process and leaves no file.
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            take(self._lock, out)
+        except BaseException:
             os.close(self._lock)
-            raise OutputError(
-                f"output {out} is being written by another process: wait for it, or choose "
-                "another --out"
-            ) from error
+            raise
 
     def __enter__(self) -> Folder:
         return self

@@ -6,7 +6,13 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from secateur.calibration import Windows, check_vocabulary, consecutive_windows, load_text
+from secateur.calibration import (
+    Windows,
+    check_vocabulary,
+    consecutive_windows,
+    hides_a_set,
+    load_text,
+)
 from secateur.checkpoint import Checkpoint, open_checkpoint
 from secateur.devices import check_device
 from secateur.progress import Progress
@@ -66,6 +72,9 @@ def evaluate(
         checkpoint = source
     else:
         checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
+    progress = progress or Progress()
+    if note := hides_a_set(text):
+        progress.note(note)
     stream = Stream(checkpoint, check_device(device))
     found = evaluation_windows(
         checkpoint,
@@ -75,7 +84,7 @@ def evaluate(
         text_field=text_field,
         data_dir=data_dir,
     )
-    value = perplexity_of(stream, found, progress or Progress())
+    value = perplexity_of(stream, found, progress)
     count, size = found.tokens.shape
     return Perplexity(value, found.origin, count, size, found.sha256)
 

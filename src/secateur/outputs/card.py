@@ -51,8 +51,6 @@ def model_card(plan: Plan, record: dict[str, Any], *, source: str, stock: bool) 
     steps = [step for cut in plan.blocks for step in cut.steps]
     if steps:
         why += f" Solvers could not go the straight way everywhere: {'; '.join(steps)}."
-    recipe = yaml.safe_dump(record["recipe"], sort_keys=True, allow_unicode=True).rstrip()
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0))
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).rstrip()}
 ---
@@ -81,15 +79,20 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})
 
 The recipe, with which the same command gives the same bytes:
 
-{fence}yaml
-{recipe}
-{fence}
+{fenced(record["recipe"])}
 
 `secateur.json` holds sizes block by block, versions, and the hash of the calibration tokens;
 {plan.held_in}. `report.html`
 shows it all in pictures, with the time and memory of one run: it is the one file that is not the
 same each time. The licence is that of the original model.
 """
+
+
+def fenced(values: Any) -> str:
+    """Values as a block of YAML code, which none of them can end."""
+    text = yaml.safe_dump(values, sort_keys=True, allow_unicode=True).rstrip()
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}yaml\n{text}\n{fence}"
 
 
 def plain(text: str) -> str:
@@ -110,7 +113,7 @@ def asked_for(record: dict[str, Any]) -> str:
     gone = f"Asked was the removal of {asked['parameters_removed']:,} parameters."
     if zeros is None:
         return gone
-    pattern = f"--sparsity {record['recipe']['sparsity']}"
+    pattern = plain(f"--sparsity {record['recipe']['sparsity']}")
     if "zeros" in asked:
         made = f"Asked were {asked['zeros']:,} zeros ({pattern}), made were {zeros:,}"
     else:

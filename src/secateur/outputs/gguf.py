@@ -25,7 +25,7 @@ from secateur.errors import OutputError
 from secateur.outputs import gguf_arch
 from secateur.outputs.gguf_arch import Entry
 from secateur.outputs.gguf_tokenizer import add_tokenizer
-from secateur.outputs.hf import RECORD
+from secateur.outputs.record import record_of, zeros_of
 from secateur.plans import Widths
 from secateur.streaming import Stream
 
@@ -155,11 +155,7 @@ def export(
 
 def _on_zeros(folder: Path) -> list[str]:
     """That zeros gain nothing here, where the folder's record says that there are any."""
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        zeros = int(record["reached"].get("zeros", 0))
-    except (OSError, ValueError, KeyError, AttributeError):  # no record of ours
-        return []
+    zeros = zeros_of(record_of(folder))
     if not zeros:
         return []
     return [

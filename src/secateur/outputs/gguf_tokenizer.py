@@ -90,7 +90,10 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, rows: int) -> list[str]:
     template = opened.tokenizer.chat_template
     if isinstance(template, dict):
         template = [{"name": name, "template": text} for name, text in template.items()]
-    if template:
+    named = isinstance(template, list) and all(isinstance(t["template"], str) for t in template)
+    if template and not (named or isinstance(template, str)):
+        notes.append("the chat template is no text and is left out")
+    elif template:
         writer.add_chat_template(template)
     return notes
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from secateur.errors import OutputError
+from secateur.scratch import scratch
 from secateur.workers import Worker
 
 if TYPE_CHECKING:
@@ -122,8 +122,8 @@ def logits(file: str | Path, tokens: Sequence[int], *, exact: bool = True) -> to
     import numpy as np
     import torch
 
-    with tempfile.TemporaryDirectory(prefix="secateur-logits-") as folder:
-        out = Path(folder) / "logits.npy"
+    with scratch() as folder:
+        out = folder / "logits.npy"
         _ask(file, "logits", tokens=list(tokens), exact=exact, out=str(out))
         return torch.from_numpy(np.load(out))
 

@@ -77,6 +77,7 @@ def open_tokenizer(folder: Path, rows: int) -> Opened:
             # transformers does not know our types, and reads not every config without its class.
             config = load_config(folder, str(folder), trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+        tokenizer("a", verbose=False)  # its settings are believed until they are needed
     except Exception as error:  # of many kinds; tokenizers itself raises plain Exception
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise OutputError(
@@ -85,11 +86,13 @@ def open_tokenizer(folder: Path, rows: int) -> Opened:
         ) from error
     if not hasattr(tokenizer, "backend_tokenizer"):
         refuse_kind(folder, type(tokenizer).__name__)
+    # First: to write a vocabulary, tokenizers counts up to its largest id, be that 2^31.
+    vocabulary = _vocabulary(tokenizer, folder, rows)
     return Opened(
         folder,
         tokenizer,
         json.loads(tokenizer.backend_tokenizer.to_str()),
-        _vocabulary(tokenizer, folder, rows),
+        vocabulary,
         rows,
         read_json(folder / TOKENIZER_KEYS),
     )

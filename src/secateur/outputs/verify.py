@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from secateur.masking import masked_hidden
 from secateur.plans import Plan
 from secateur.rotation.original import ProjectedOriginal
 from secateur.rotation.plan import RotationPlan
+from secateur.scratch import scratch
 from secateur.streaming import Stream
 
 #: Largest difference allowed, as a share of the largest logit: float32 noise of deep sums.
@@ -110,17 +110,17 @@ def _compare(
     trust: bool,
 ) -> Verification:
     """Let a fresh process open the folder and compare its logits with these."""
-    with tempfile.TemporaryDirectory(prefix="secateur-verify-") as temporary:
+    with scratch() as temporary:
         from safetensors.torch import save_file
 
-        reference = Path(temporary) / "reference.safetensors"
+        reference = temporary / "reference.safetensors"
         save_file({"tokens": tokens, "logits": logits}, reference)
         # The shipped modelling file is copied by transformers; not into the user's cache.
         whole = 4 * parameters + BASE
         mode = "streamed" if whole > (memory or _free_memory()) else "opened"
         if trust and mode == "opened":
             mode = "trusted"
-        environment = {**os.environ, "HF_MODULES_CACHE": temporary, "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "HF_MODULES_CACHE": str(temporary), "HF_HUB_OFFLINE": "1"}
         run = subprocess.run(
             [sys.executable, "-m", "secateur.outputs.reopen", str(folder), str(reference), mode],
             capture_output=True,

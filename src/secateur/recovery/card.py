@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from secateur.outputs.card import asked_for
+from secateur.outputs.card import asked_for, fenced, plain
 from secateur.recovery.groupwise import stored_form
 
 
@@ -27,16 +27,18 @@ def healed_card(record: dict[str, Any], *, name: str, stock: bool) -> str:
         "tags": ["secateur", "pruned", method, "healed", settings["method"]],
     }
     parameters, decoder = plan["parameters"], plan["decoder_parameters"]
+    version = plain(record["versions"]["secateur"])
+    origin = plain(text["origin"]).replace("|", "\\|")
     trust = "" if stock else ", trust_remote_code=True"
     stored = stored_form(settings["bits"], settings["group"], settings["dtype"])
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).rstrip()}
 ---
 
-# {name}, healed
+# {plain(name)}, healed
 
-Pruned by Secateur {record["versions"]["secateur"]}, then **healed, which is training**: this is not
-a training-free model, and its figures do not belong beside those of training-free ones.
+Pruned by Secateur {version}, then **healed, which is training**: this is not a training-free model,
+and its figures do not belong beside those of training-free ones.
 
 | | before | after | removed |
 |---|---|---|---|
@@ -49,7 +51,7 @@ a training-free model, and its figures do not belong beside those of training-fr
 | healing | |
 |---|---|
 | method | `{settings["method"]}`, {_METHODS[settings["method"]].format(**settings)} |
-| text | {text["origin"]}, {text["examples"]:,} examples, {text["windows"]:,} windows of \
+| text | {origin}, {text["examples"]:,} examples, {text["windows"]:,} windows of \
 {settings["length"]} tokens, SHA-256 `{text["sha256"]}` |
 | steps | {healed["steps"]} of {settings["batch"]} windows, Adam, learning rate up to \
 {settings["lr"]:g}, seed {settings["seed"]} |
@@ -65,13 +67,9 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})
 
 The recipe that it was pruned by, and the settings that it was healed with:
 
-```yaml
-{yaml.safe_dump(record["recipe"], sort_keys=True, allow_unicode=True).rstrip()}
-```
+{fenced(record["recipe"])}
 
-```yaml
-{yaml.safe_dump(settings, sort_keys=True, allow_unicode=True).rstrip()}
-```
+{fenced(settings)}
 
 `secateur.json` holds both with sizes block by block, versions, and hashes. The licence is that of
 the original model.

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from secateur.calibration import check_vocabulary, load_text
+from secateur.calibration import check_vocabulary, hides_a_set, load_text
 from secateur.checkpoint import local_path, open_checkpoint
 from secateur.checkpoint.writer import Journal, check_output, drop_waste, write_tensors
 from secateur.devices import check_device
@@ -160,6 +160,8 @@ class _Run:
             )
         check_fits(self.pruned.stream)
         check_vocabulary(checkpoint.tokenizer, int(checkpoint.config.vocab_size))
+        if note := hides_a_set(settings.data):
+            self.progress.note(note)
         text = load_text(
             settings.data, use="calibration", text_field=settings.text_field, data_dir=data_dir
         )

@@ -12,7 +12,7 @@ from secateur.checkpoint.packed import PACKED_TYPE
 from secateur.errors import MemoryLimitError, SourceError
 from secateur.estimate import BASE
 from secateur.outputs.hf import RECORD
-from secateur.outputs.record import healed_text, record_of
+from secateur.outputs.record import check_record, healed_text, record_of, zeros_of
 from secateur.streaming import Stream
 
 
@@ -51,7 +51,8 @@ def open_pruned(source: str | Path, *, trust_remote_code: bool = False) -> Prune
             f"source {source} has been healed already ({healed}): heal the pruned folder that it "
             "was made from, with more --steps"
         )
-    zeros = int(record.get("reached", {}).get("zeros", 0))
+    check_record(record, source)
+    zeros = zeros_of(record)
     if zeros:
         raise SourceError(
             f"source {source} has {zeros:,} zeros, which merged adapters would fill: heal a model "
@@ -77,7 +78,7 @@ def raw_config(folder: Path) -> dict[str, Any]:
     """The folder's config as it stands there; empty where none can be read."""
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # opening the folder says what is wrong
+    except (OSError, ValueError, RecursionError):  # opening the folder says what is wrong
         return {}
     return raw if isinstance(raw, dict) else {}
 
