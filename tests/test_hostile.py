@@ -194,14 +194,19 @@ def test_what_a_link_leads_to_is_not_copied(model_folder: Folder, tmp_path: Path
 
 def test_weights_that_are_a_link_to_elsewhere(model_folder: Folder, tmp_path: Path) -> None:
     folder = shutil.copytree(model_folder("llama-gqa-tied"), tmp_path / "model")
-    weights, private = folder / "model.safetensors", tmp_path / "private.safetensors"
-    weights.rename(private)
+    weights, private = folder / "model.safetensors", tmp_path / "private"
+    disk = tmp_path / "disk.safetensors"  # weights may lie on another disk
+    weights.rename(disk)
+    weights.symlink_to(disk)
+    assert open_checkpoint(folder).tensors
+    disk.rename(private)
+    weights.unlink()
     weights.symlink_to(private)
     with pytest.raises(SourceError) as caught:
         open_checkpoint(folder)
     assert str(caught.value) == (
-        f"{weights} is a link to {private}, outside of the model's folder: put the file itself, or "
-        "a hard link to it, in its place if it belongs to the model"
+        f"{weights} is a link to {private}, outside of the model's folder and no safetensors "
+        "file: put the file itself in its place if it belongs to the model"
     )
     # In the hub's cache the files are links, to a folder of that cache.
     blob = tmp_path / "models--a--b" / "blobs" / "0"

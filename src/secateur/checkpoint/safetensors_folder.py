@@ -47,10 +47,11 @@ class SafetensorsCheckpoint(Checkpoint):
         self.config = load_config(folder, source, trust_remote_code)
         self.tensors = {}
         for path, names in _weight_files(folder).items():
-            if linked_away(path, folder):
+            # Weights on another disk are common, and a link can say nothing worse than their name.
+            if linked_away(path, folder) and path.resolve().suffix != ".safetensors":
                 raise SourceError(
-                    f"{path} is a link to {path.resolve()}, outside of the model's folder: put the "
-                    "file itself, or a hard link to it, in its place if it belongs to the model"
+                    f"{path} is a link to {path.resolve()}, outside of the model's folder and no "
+                    "safetensors file: put the file itself in its place if it belongs to the model"
                 )
             header = read_header(path)
             missing = sorted(names - header.keys()) if names else []
