@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,21 @@ from secateur.surveys import by_gradients, by_statistics
 
 #: Takes a finished block: its cut, and its original tensors in float32 on the CPU.
 Sink = Callable[[BlockCut, Tensors], None]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run takes.
+
+    Attributes:
+        passes: over all blocks.
+        heads: through the head, for losses.
+        cuts: of all blocks, each with its factorisations and fits.
+    """
+
+    passes: float
+    heads: int
+    cuts: int
 
 
 class Engine:
@@ -84,23 +99,26 @@ class Engine:
             )
         return counts
 
-    def passes(self) -> tuple[float, int]:
-        """Passes over all blocks that the run takes, about, and passes through the head for losses.
+    def work(self) -> Work:
+        """What the run takes, about.
 
         Raises:
             RecipeError: see :meth:`layer_counts`.
         """
-        counts = self.layer_counts()
-        if self.method.ranking == "loss":
-            runs, heads = search_work(self.method, self.stream.anatomy.layers, counts[0])
-            return runs / self.stream.anatomy.layers, heads
-        if self.method.ranking is None:
-            reads = bool(self.method.signals(self.stream.anatomy))
-            if self.method.survey_by == "gradients":  # forward twice; backward is worth two more
-                return reads + 4, 3
-            return reads * (1 + self.method.looks_ahead), 0
+        counts, method, depth = self.layer_counts(), self.method, self.stream.anatomy.layers
+        if method.ranking == "loss":
+            runs, heads = search_work(method, depth, counts[0])
+            return Work(runs / depth, heads, 0)
+        reads = bool(method.signals(self.stream.anatomy))
+        # A look for each group of layers, and another pass of what is left of the block.
+        cut = reads * (max(1, len(method.stages(self.stream.anatomy))) + 1)
+        cut -= reads * method.identical_inputs
+        if method.ranking is None and method.survey_by == "gradients":
+            return Work(cut + 4, 3, 1)  # forward twice; backward is worth two more
+        if method.ranking is None:
+            return Work(cut + reads * method.looks_ahead, 0, 1 + method.looks_ahead)
         trials = min(3, len(counts)) if len(counts) > 1 else 0
-        return 2 + 2 * trials, trials
+        return Work((1 + cut) * (1 + trials), trials, 1 + trials)
 
     def choose_layers(
         self,

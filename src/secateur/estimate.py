@@ -66,6 +66,7 @@ def estimate(
     vocabulary: int,
     passes: float,
     heads: int = 0,
+    solving: float = 0,
     overhead: int = 0,
     whole: bool = False,
     gradients: bool = False,
@@ -77,6 +78,7 @@ def estimate(
         windows, length: of the calibration.
         passes: forward passes over all blocks, the layer stage and trials included.
         heads: passes through the head besides, for losses.
+        solving: operations with which all blocks are cut (:meth:`Method.solving`).
         overhead: bytes that the open checkpoint takes.
         whole: whether the model writes windows itself, and is in memory as a whole for that.
         gradients: whether the loss is passed back through the model; its work is in ``passes``.
@@ -112,9 +114,8 @@ def estimate(
     if gradients:  # of one call, their sum and the sum of their squares
         parts["gradients of a block"] = 4 * 3 * anatomy.block_parameters
     forward = 2 * tokens * (anatomy.decoder_parameters * passes + vocabulary * hidden * heads)
-    solve = anatomy.layers * sum(5 * w**3 for w in widths.values()) * max(1, passes - 1)
     read = 4 * anatomy.parameters * passes / 1e9
-    return Estimate(parts, (forward + solve) / _matrix_rate() + read + 10)
+    return Estimate(parts, (forward + solving) / _matrix_rate() + read + 10)
 
 
 def check_memory(found: Estimate, limit: str | None, *, beside: int = 1) -> None:

@@ -186,11 +186,12 @@ class Run(Prepared):
     def _estimate(self) -> Estimate:
         spec, config = self.recipe.calibration, self.checkpoint.config
         anatomy = self.stream.anatomy
-        passes, heads = self.engine.passes()
+        work = self.engine.work()
         written = self.method.written(anatomy, spec.samples, spec.length)
         copies = self.method.copies(anatomy, spec.samples, spec.length)
-        if copies:  # made in as many passes over the windows as there are copies: one over them all
-            passes, heads = passes + 1, heads + 1
+        # They are made in as many passes over the windows as there are copies: one over them all.
+        extra = bool(copies)
+        tokens = (spec.samples * (1 + copies) + written) * spec.length
         return estimate(
             anatomy,
             self.method.signals(anatomy) if self.method.needs == "moments" else set(),
@@ -200,8 +201,9 @@ class Run(Prepared):
             vocabulary=int(config.vocab_size),
             overhead=self.checkpoint.overhead,
             gradients=self.method.survey_by == "gradients",
-            passes=passes,
-            heads=heads,
+            passes=work.passes + extra,
+            heads=work.heads + extra,
+            solving=work.cuts * anatomy.layers * self.method.solving(anatomy, tokens),
             whole=bool(written),
         )
 

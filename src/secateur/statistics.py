@@ -26,6 +26,16 @@ def _product(x: torch.Tensor) -> torch.Tensor:
     return product
 
 
+def moments_work(width: int, tokens: int) -> float:
+    """Operations for a second moment, its factor and its inverse, as :meth:`Method.solving` counts.
+
+    Of few tokens (:class:`Moments`) only their products with each other are factorised.
+    """
+    if 2 * tokens <= width:
+        return 6.0 * width * tokens**2
+    return 2.0 * tokens * width**2 + 5.0 * width**3
+
+
 class Moments:
     """Second moment and mean of the inputs of a linear layer.
 

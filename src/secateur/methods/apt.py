@@ -14,8 +14,9 @@ from secateur.anatomy import Anatomy
 from secateur.methods.base import Block, register
 from secateur.methods.sparse import SparseMethod, SparseOptions
 from secateur.solvers.patterns import removal_sets
+from secateur.solvers.refit import ROWS_PER_SAMPLE
 from secateur.solvers.removal import Removal, Sparse, remove, without_dead
-from secateur.solvers.sparse_fit import best_pull, polish
+from secateur.solvers.sparse_fit import PULLS, STEPS_PER_PULL, best_pull, polish
 
 
 class AptOptions(SparseOptions):
@@ -72,6 +73,24 @@ class Apt(SparseMethod):
         super().check(anatomy)
         if self.pattern.grouped and self.options.solution[0] == "M":
             removal_sets(self.pattern.kept, self.pattern.group)  # says where there are too many
+
+    def layer_work(self, rows: int, inputs: int) -> float:
+        """A system for each row and block of columns, their update, and the fit behind them.
+
+        The fit takes a product of (p, q) with (q, q) a step, and the search for its pull as many
+        with an eighth of the rows.
+        """
+        options, found = self.options, super().layer_work(rows, inputs)
+        update = float(rows * inputs**2)
+        if options.solution[1] == "S":
+            return found + update
+        width = inputs if options.block == "all" else min(options.block, inputs)
+        gone = round(width * self.pattern.share)
+        systems = rows * (inputs / width) * min(gone, width - gone) ** 3 / 3
+        steps = options.polish
+        if options.polish and options.pull == "auto":
+            steps += len(PULLS) * STEPS_PER_PULL // ROWS_PER_SAMPLE
+        return found + systems + update + steps * 2 * rows * inputs**2
 
     def sparse(self, block: Block, name: str, weight: torch.Tensor, count: int) -> torch.Tensor:
         options, second = self.options, self.second(block, name)

@@ -126,6 +126,9 @@ class Chain(Method):
         """Zeros come into blocks that lose nothing too."""
         return True
 
+    def solving(self, anatomy: Anatomy, tokens: int) -> float:
+        return self._first.solving(anatomy, tokens) + self._second.solving(anatomy, tokens)
+
     def relative(self, anatomy: Anatomy) -> set[str]:
         """As the first says: both read the same statistics."""
         return self._first.relative(anatomy)

@@ -19,7 +19,7 @@ from secateur.methods.structured import Structured, StructuredOptions, short
 from secateur.plans import BlockCut
 from secateur.solvers.brain_surgeon import GreedyOrder
 from secateur.solvers.inverses import inverse_from
-from secateur.solvers.refit import chosen_pull, fitted_weights, relative_error
+from secateur.solvers.refit import PULLS, chosen_pull, fitted_weights, relative_error
 
 #: Tokens that the model writes itself where nothing is said; more were no better (docs/obs.md).
 WRITTEN_TOKENS = 8_192
@@ -117,6 +117,18 @@ class Obs(Structured):
             for coupling in anatomy.family.couplings:
                 if anatomy.denses[coupling.consumer].reads in found:
                     found |= {anatomy.denses[name].reads for name in coupling.readers}
+        return found
+
+    def solving(self, anatomy: Anatomy, tokens: int) -> float:
+        """With a factor for every pull that is tried, and the fit and its error, in float64."""
+        found = super().solving(anatomy, tokens)
+        if not self.options.refit:
+            return found
+        pulls = len(PULLS) if self.options.pull == "auto" else 1
+        for name in self._denses(anatomy):
+            rows, width = anatomy.denses[name].rows, anatomy.denses[name].inputs
+            size = min(tokens, width)
+            found += 2 * (pulls * size**3 / 3 + 6 * rows * width * size)
         return found
 
     def relative(self, anatomy: Anatomy) -> set[str]:

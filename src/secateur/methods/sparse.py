@@ -192,6 +192,18 @@ class SparseMethod(Method):
             mask = lowest(scores, count)
         return weight.masked_fill(mask, 0)
 
+    def solving(self, anatomy: Anatomy, tokens: int) -> float:
+        """With what each layer takes besides, where second moments decide."""
+        if self.needs != "moments" or not self.signals(anatomy):
+            return 0.0
+        shapes = [anatomy.denses[name] for name in self.layers(anatomy)]
+        own = sum(self.layer_work(shape.rows, shape.inputs) for shape in shapes)
+        return super().solving(anatomy, tokens) + own
+
+    def layer_work(self, rows: int, inputs: int) -> float:
+        """Operations for the zeros of one layer; here for its error alone."""
+        return 2.0 * rows * inputs**2
+
     # ---- inside a block ----------------------------------------------------------------------
 
     def second(self, block: Block, name: str) -> torch.Tensor:

@@ -29,6 +29,10 @@ class SparseGpt(SparseMethod):
     Options = SparseGptOptions
     options: SparseGptOptions
 
+    def layer_work(self, rows: int, inputs: int) -> float:
+        """Errors go to all columns on the right."""
+        return super().layer_work(rows, inputs) + float(rows * inputs**2)
+
     def sparse(self, block: Block, name: str, weight: torch.Tensor, count: int) -> torch.Tensor:
         """Lowest w^2 / U_jj^2 of a block of columns over all rows; errors go to the right."""
         how = Removal("S", "S", self.options.block, self.options.damping, shrinking=True)

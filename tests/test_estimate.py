@@ -1,0 +1,93 @@
+"""What a run is estimated to take, against counts by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from secateur.checkpoint import open_checkpoint
+from secateur.engine import Engine, Work
+from secateur.forms import Form
+from secateur.methods import Method, get_method
+from secateur.methods.chain import Chain
+from secateur.progress import Progress
+from secateur.sparsity import parse_sparsity
+from secateur.statistics import moments_work
+from secateur.streaming import Stream
+
+Folder = Callable[[str], Path]
+
+
+def method(name: str, sparsity: str | None = None, **options: Any) -> Method:
+    pattern = None if sparsity is None else parse_sparsity(sparsity)
+    found = get_method(name, options, Form(sparsity=pattern))
+    assert isinstance(found, Method)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "sparsity", "options", "wanted"),
+    [
+        ("comp", None, {"layers": 0}, Work(2, 0, 1)),  # the layer stage, and a look at each block
+        ("comp", None, {"layers": 0, "inputs": "sequential"}, Work(3, 0, 1)),
+        ("comp", None, {"layers": "auto"}, Work(6, 2, 3)),  # two trials: one block, and none
+        ("obs", None, {"layers": 0}, Work(3, 0, 1)),
+        ("flap", None, {}, Work(2, 0, 2)),  # looks ahead
+        ("random", None, {}, Work(0, 0, 1)),
+        ("llm-pruner", None, {}, Work(4, 3, 1)),
+        ("wanda", "50%", {"scope": "block"}, Work(2, 0, 1)),
+        ("wanda", "50%", {"scope": "sublayer"}, Work(3, 0, 1)),  # attention, FFN, and what is left
+        ("apt", "50%", {"scope": "layer"}, Work(5, 0, 1)),
+        ("apt", "50%", {"allocation": "owl", "scope": "block"}, Work(3, 0, 2)),
+        ("magnitude", "50%", {}, Work(0, 0, 1)),
+    ],
+)
+def test_passes_of_a_run(
+    name: str, sparsity: str | None, options: dict[str, Any], wanted: Work, model_folder: Folder
+) -> None:
+    stream = Stream(open_checkpoint(model_folder("llama-gqa-tied")))
+    engine = Engine(
+        stream,
+        method(name, sparsity, **options),
+        to_remove=round(1.5 * stream.anatomy.block_parameters),
+        seed=0,
+        dtype=torch.float32,
+        progress=Progress(),
+    )
+    assert engine.work() == wanted
+
+
+def test_operations_of_cuts_are_counted_layer_by_layer(model_folder: Folder) -> None:
+    anatomy = Stream(open_checkpoint(model_folder("llama-gqa-tied"))).anatomy
+    tokens = 1000
+    shapes = [(d.rows, d.inputs) for d in anatomy.denses.values()]
+    signals = {d.reads: d.inputs for d in anatomy.denses.values()}
+    grams = sum(2 * tokens * q**2 + 5 * q**3 for q in signals.values())
+
+    assert method("wanda", "50%").solving(anatomy, tokens) == 0
+    assert method("magnitude", "50%").solving(anatomy, tokens) == 0
+    columns = sum(3 * p * q**2 for p, q in shapes)  # the error, and what goes to the right
+    assert method("sparsegpt", "50%").solving(anatomy, tokens) == grams + columns
+    single = method("apt", "50%", solution="SS").solving(anatomy, tokens)
+    assert single == grams + columns
+    # Blocks of 16 columns lose 8 of each row: a system of 8 equations; four products behind them.
+    many = method("apt", "50%", solution="SM", block=16, polish=4, pull=0.1)
+    systems = sum(p * (q / 16) * 8**3 / 3 for p, q in shapes)
+    polish = sum(4 * 2 * p * q**2 for p, q in shapes)
+    assert many.solving(anatomy, tokens) == pytest.approx(grams + columns + systems + polish)
+    searched = method("apt", "50%", solution="SM", block=16, polish=4).solving(anatomy, tokens)
+    assert searched > many.solving(anatomy, tokens)
+
+    both = Chain(method("comp"), method("apt", "50%"))
+    parts = method("comp"), method("apt", "50%")
+    assert both.solving(anatomy, tokens) == sum(m.solving(anatomy, tokens) for m in parts)
+
+
+def test_few_tokens_take_less_than_a_matrix_of_all_inputs() -> None:
+    assert moments_work(1000, 501) == 2 * 501 * 1000**2 + 5 * 1000**3
+    assert moments_work(1000, 500) == 6 * 1000 * 500**2
+    assert moments_work(1000, 100) < moments_work(1000, 400)
