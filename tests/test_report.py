@@ -178,7 +178,7 @@ def test_linear_marks(values: list[float], ticks: list[str]) -> None:
         ([28.4, 1021.0], ["50", "100", "200", "500", "1,000"]),
         ([462, 516], ["460", "480", "500"]),
         ([0.02, 0.7], ["0.02", "0.05", "0.1", "0.2", "0.5"]),
-        ([2.0, 2.0e7], ["1", "100", "10,000", "1,000,000"]),
+        ([2.0, 2.0e7], ["1", "100", "10,000", "1M"]),
     ],
 )
 def test_logarithmic_marks(values: list[float], ticks: list[str]) -> None:
@@ -193,6 +193,11 @@ def test_points_lie_where_their_values_are() -> None:
     assert f'<circle cx="{xs.at(10)}" cy="{ys.at(40)}"' in svg
     assert f'x1="{xs.at(10)}" x2="{xs.at(10)}" y1="{ys.at(30)}" y2="{ys.at(50)}"' in svg
     assert "<title>comp: &lt;twenty&gt;</title>" in svg
+
+
+def test_a_colour_that_comes_again_has_another_mark_and_dash() -> None:
+    keys = [charts.key(number) for number in range(32)]
+    assert len(set(keys)) == 32
 
 
 def test_series_differ_in_more_than_colour() -> None:

@@ -19,6 +19,8 @@ WIDTH = 440
 #: Paper around the picture: left, right, top, bottom.
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 24, 42
 DASHES = ("", "6 3", "2 3", "8 3 2 3")
+#: Colours of series in the style sheet.
+COLOURS = 8
 #: Pixels that a character takes on the whole, at the size of labels.
 CHARACTER = 8.0
 
@@ -98,11 +100,11 @@ def line_chart(
         parts += _baseline(*baseline, ys)
     for one in series:
         number = one.number
-        parts.append(f'<g class="s{number % 8}">')
+        parts.append(f'<g class="s{number % COLOURS}">')
         ordered = sorted(one.points, key=lambda p: p.x)
         if len(ordered) > 1:
             path = " ".join(f"{xs.at(p.x)},{ys.at(p.y)}" for p in ordered)
-            dash = DASHES[number % len(DASHES)]
+            dash = DASHES[_style(number)]
             dashed = f' stroke-dasharray="{dash}"' if dash else ""
             parts.append(f'<polyline class="line" points="{path}"{dashed}/>')
         for point in ordered:
@@ -113,9 +115,14 @@ def line_chart(
     return _svg(parts, height, f"{y_title} over {x_title}")
 
 
+def _style(number: int) -> int:
+    """Which of four marks and dashes; with a colour that comes again, another than before."""
+    return (number + number // COLOURS) % len(DASHES)
+
+
 def mark(number: int, x: float, y: float, r: float = 3.5) -> str:
     """The mark of the series with this number: disc, square, triangle or diamond."""
-    kind = number % 4
+    kind = _style(number)
     if kind == 0:
         return f'<circle cx="{x}" cy="{y}" r="{r}"/>'
     if kind == 1:
@@ -130,11 +137,12 @@ def mark(number: int, x: float, y: float, r: float = 3.5) -> str:
 
 def key(number: int) -> str:
     """What stands before a series' name in a legend: its line and its mark."""
-    dash = DASHES[number % len(DASHES)]
+    dash = DASHES[_style(number)]
     dashed = f' stroke-dasharray="{dash}"' if dash else ""
     return (
-        f'<svg class="key s{number % 8}" viewBox="0 0 26 12" width="26" height="12" aria-hidden='
-        f'"true"><line class="line" x1="0" x2="26" y1="6" y2="6"{dashed}/>{mark(number, 13, 6)}'
+        f'<svg class="key s{number % COLOURS}" viewBox="0 0 26 12" width="26" height="12" '
+        f'aria-hidden="true"><line class="line" x1="0" x2="26" y1="6" y2="6"{dashed}/>'
+        f"{mark(number, 13, 6)}"
         "</svg>"
     )
 
@@ -172,7 +180,7 @@ def bar_chart(bars: Sequence[Bar], *, title: str) -> str:
         y, wide = number * row, round(room * bar.value / most, 1)
         parts += [
             f'<text class="end" x="{left - 8}" y="{y + 16}">{_fitted(bar.label, left - 8)}</text>',
-            f'<rect class="s{bar.color % 8}" x="{left}" y="{y + 4}" width="{max(wide, 1)}" '
+            f'<rect class="s{bar.color % COLOURS}" x="{left}" y="{y + 4}" width="{max(wide, 1)}" '
             f'height="{row - 8}" rx="2"/>',
             f'<text x="{left + wide + 6}" y="{y + 16}">{escape(bar.text)}</text>',
         ]

@@ -33,11 +33,19 @@ class Scale:
     def texts(self) -> list[tuple[float, str]]:
         """Place and text of every tick, with as many digits as say it in full."""
         if self.log:  # of 0.02, 0.1, 1 each with its own digits
-            return [(self.at(t), f"{t:,.12f}".rstrip("0").rstrip(".")) for t in self.ticks]
+            return [(self.at(t), _short(t)) for t in self.ticks]
         digits = 0
         while digits < 12 and any(float(f"{t:.{digits}f}") != t for t in self.ticks):
             digits += 1
         return [(self.at(t), f"{t:,.{digits}f}") for t in self.ticks]
+
+
+def _short(value: float) -> str:
+    """A tick of a scale of factors; what would be wider than an axis has room for by its unit."""
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= max(unit, 1e5):
+            return f"{value / unit:,.6g}{name}"
+    return f"{value:,.12f}".rstrip("0").rstrip(".")
 
 
 def linear(values: Sequence[float], start: float, end: float, *, zero: bool = False) -> Scale:
