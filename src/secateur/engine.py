@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from secateur.errors import RecipeError
 from secateur.fit_text import FitText
-from secateur.layers import LayerChoice, Round, by_influence, by_loss, search_work
+from secateur.layers import LayerChoice, Round, by_influence, by_loss
 from secateur.masking import masked, state_of
 from secateur.methods import Block, Method, Share, Shares
 from secateur.numerics import cut_by, noting_steps
@@ -29,21 +29,6 @@ from secateur.surveys import by_gradients, by_statistics
 
 #: Takes a finished block: its cut, and its original tensors in float32 on the CPU.
 Sink = Callable[[BlockCut, Tensors], None]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a run takes.
-
-    Attributes:
-        passes: over all blocks.
-        heads: through the head, for losses.
-        cuts: of all blocks, each with its factorisations and fits.
-    """
-
-    passes: float
-    heads: int
-    cuts: int
 
 
 class Engine:
@@ -98,27 +83,6 @@ class Engine:
                 f"can remove at most {most} here: ask for less"
             )
         return counts
-
-    def work(self) -> Work:
-        """What the run takes, about.
-
-        Raises:
-            RecipeError: see :meth:`layer_counts`.
-        """
-        counts, method, depth = self.layer_counts(), self.method, self.stream.anatomy.layers
-        if method.ranking == "loss":
-            runs, heads = search_work(method, depth, counts[0])
-            return Work(runs / depth, heads, 0)
-        reads = bool(method.signals(self.stream.anatomy))
-        # A look for each group of layers, and another pass of what is left of the block.
-        cut = reads * (max(1, len(method.stages(self.stream.anatomy))) + 1)
-        cut -= reads * method.identical_inputs
-        if method.ranking is None and method.survey_by == "gradients":
-            return Work(cut + 4, 3, 1)  # forward twice; backward is worth two more
-        if method.ranking is None:
-            return Work(cut + reads * method.looks_ahead, 0, 1 + method.looks_ahead)
-        trials = min(3, len(counts)) if len(counts) > 1 else 0
-        return Work((1 + cut) * (1 + trials), trials, 1 + trials)
 
     def choose_layers(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ import torch
 from secateur.anatomy import Anatomy
 from secateur.boundaries import IN_MEMORY
 from secateur.errors import MemoryLimitError, RecipeError
+from secateur.layers import search_work
+from secateur.methods import Method
 from secateur.recipe import BYTE_UNITS, parse_amount
 from secateur.streaming import TOKENS_PER_CALL, TOKENS_PER_HEAD_CALL
 
@@ -54,6 +57,42 @@ class Estimate:
             + ", ".join(f"{name} {size / 2**20:.0f}" for name, size in self.parts.items())
             + f"), about {self.seconds:.0f} s"
         )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run takes.
+
+    Attributes:
+        passes: over all blocks.
+        heads: through the head, for losses.
+        cuts: of all blocks, each with its factorisations and fits.
+    """
+
+    passes: float
+    heads: int
+    cuts: int
+
+
+def work_of(method: Method, anatomy: Anatomy, counts: Sequence[int]) -> Work:
+    """What a run takes, about.
+
+    Args:
+        counts: numbers of whole blocks that may be removed (:meth:`Engine.layer_counts`).
+    """
+    if method.ranking == "loss":
+        runs, heads = search_work(method, anatomy.layers, counts[0])
+        return Work(runs / anatomy.layers, heads, 0)
+    reads = bool(method.signals(anatomy))
+    # A look for each group of layers, and another pass of what is left of the block.
+    cut = reads * (max(1, len(method.stages(anatomy))) + 1)
+    cut -= reads * method.identical_inputs
+    if method.ranking is None and method.survey_by == "gradients":
+        return Work(cut + 4, 3, 1)  # forward twice; backward is worth two more
+    if method.ranking is None:
+        return Work(cut + reads * method.looks_ahead, 0, 1 + method.looks_ahead)
+    trials = min(3, len(counts)) if len(counts) > 1 else 0
+    return Work((1 + cut) * (1 + trials), trials, 1 + trials)
 
 
 def estimate(

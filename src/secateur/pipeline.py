@@ -9,7 +9,14 @@ from typing import Any
 from secateur.anatomy import Anatomy
 from secateur.engine import Engine
 from secateur.errors import RecipeError
-from secateur.estimate import Estimate, check_memory, check_workers, estimate, parse_limit
+from secateur.estimate import (
+    Estimate,
+    check_memory,
+    check_workers,
+    estimate,
+    parse_limit,
+    work_of,
+)
 from secateur.executors import Executor
 from secateur.forms import Form, Target, resolve
 from secateur.layers import LayerChoice
@@ -186,7 +193,7 @@ class Run(Prepared):
     def _estimate(self) -> Estimate:
         spec, config = self.recipe.calibration, self.checkpoint.config
         anatomy = self.stream.anatomy
-        work = self.engine.work()
+        work = work_of(self.method, anatomy, self.engine.layer_counts())
         written = self.method.written(anatomy, spec.samples, spec.length)
         copies = self.method.copies(anatomy, spec.samples, spec.length)
         # They are made in as many passes over the windows as there are copies: one over them all.

@@ -47,7 +47,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self.config = load_config(folder, source, trust_remote_code)
         self.tensors = {}
         for path, names in _weight_files(folder).items():
-            # Weights on another disk are common, and a link can say nothing worse than their name.
+            # Weights may lie on another disk; of any other file, not a byte is read.
             if linked_away(path, folder) and path.resolve().suffix != ".safetensors":
                 raise SourceError(
                     f"{path} is a link to {path.resolve()}, outside of the model's folder and no "

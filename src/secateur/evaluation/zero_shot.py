@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.checkpoint import Checkpoint, open_checkpoint
+from secateur.checkpoint.base import first_line
 from secateur.devices import check_device
 from secateur.errors import RecipeError, SecateurError, SourceError
 from secateur.evaluation.zero_shot_data import LOCAL, MMLU, read_local, rows_sha256
@@ -199,10 +200,9 @@ def _score(harness: Any, task: str, local: Any, limit: int | None) -> TaskScore:
         except Exception as error:  # network, hub and data errors are of many kinds
             if local is not None:
                 raise  # nothing was fetched: a bug of ours
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise SourceError(
-                f"task {task} cannot be fetched from the hub ({first}): check the network, or "
-                "name a folder with its files with --data-dir"
+                f"task {task} cannot be fetched from the hub ({first_line(error)}): check the "
+                "network, or name a folder with its files with --data-dir"
             ) from error
     return _pooled(task, found, HUB if local is None else FILES)
 

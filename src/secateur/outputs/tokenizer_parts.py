@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from secateur.checkpoint.base import first_line
 from secateur.checkpoint.gguf_file import TOKENIZER_KEYS
 from secateur.checkpoint.safetensors_folder import load_config
 from secateur.errors import OutputError
@@ -79,10 +80,9 @@ def open_tokenizer(folder: Path, rows: int) -> Opened:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
         tokenizer("a", verbose=False)  # its settings are believed until they are needed
     except Exception as error:  # of many kinds; tokenizers itself raises plain Exception
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise OutputError(
-            f"{folder} has no tokenizer that opens without Python code of its own ({reason}), and "
-            f"llama.cpp runs none: {ADVICE}"
+            f"{folder} has no tokenizer that opens without Python code of its own "
+            f"({first_line(error)}), and llama.cpp runs none: {ADVICE}"
         ) from error
     if not hasattr(tokenizer, "backend_tokenizer"):
         refuse_kind(folder, type(tokenizer).__name__)
