@@ -20,9 +20,10 @@ from secateur.checkpoint import open_checkpoint
 from secateur.streaming import Stream
 
 Folder = Callable[[str], Path]
-#: Tied and untied heads, grouped heads, sliding attention, norms of heads, LayerNorm, projections.
+#: Tied and untied heads, grouped heads, sliding attention, norms of heads, LayerNorm, projections,
+#: state space mixers.
 MODELS = ["llama-gqa-tied", "llama-mha-untied", "llama-biases", "mistral", "qwen3", "opt",
-          "opt-project"]  # fmt: skip
+          "opt-project", "mamba", "mamba2"]  # fmt: skip
 
 
 def window_losses(model: Any, tokens: torch.Tensor, kind: str) -> torch.Tensor:

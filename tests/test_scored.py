@@ -71,7 +71,8 @@ def whole(folder: Path) -> Any:
 
 
 def blocks_of(model: Any) -> Any:
-    return (model.model.decoder if hasattr(model.model, "decoder") else model.model).layers
+    body = model.base_model
+    return (body.decoder if hasattr(body, "decoder") else body).layers
 
 
 def inputs_of(model: Any, block: int, path: str, tokens: torch.Tensor) -> np.ndarray:
