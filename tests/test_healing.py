@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,7 @@ from secateur.recovery.linears import open_linears, stored_name
 from secateur.recovery.source import check_fits, open_pruned
 from secateur.recovery.text import healing_windows, windows_of_step
 from secateur.recovery.training import Training, next_token_loss, share_of_lr
+from secateur.recovery.writing import write_weights
 
 QUICK: dict[str, Any] = {"data": "builtin", "steps": 12, "length": 16, "batch": 2, "lr": 1e-2}
 WISHES = ("--data", "builtin", "--steps", "2", "--length", "16", "--batch", "2")
@@ -266,6 +268,23 @@ def test_the_written_type_can_be_chosen(models: Models, tmp_path: Path) -> None:
     assert {t.dtype for t in weights(quantised).values()} == {torch.float32}
 
 
+def test_weights_that_the_type_cannot_hold(models: Models, tmp_path: Path) -> None:
+    with pytest.raises(OutputError) as refusal:
+        write_weights(
+            tmp_path,
+            open_checkpoint(models.per_layer),
+            lambda _, stored: stored * 1e6,
+            torch.float16,
+            lambda _: None,
+        )
+    assert re.fullmatch(
+        r"[\w.]+ of the healed model has weights too large for float16: repeat the command with "
+        r"--dtype bfloat16 or float32, or a lower --lr",
+        str(refusal.value),
+    )
+    assert not list(tmp_path.iterdir())
+
+
 # ---- other programs --------------------------------------------------------------------------
 
 
@@ -282,6 +301,20 @@ def test_a_q4_1_file_holds_the_healed_weights_themselves(models: Models, tmp_pat
     library.export(models.per_layer, tmp_path / "plain.gguf", weights="q4_1", verify=False)
     plain, original = open_checkpoint(tmp_path / "plain.gguf"), weights(models.per_layer)
     assert not any(torch.equal(plain.read(n).float(), original[n].float()) for n in names)
+
+
+def test_a_file_says_that_its_model_was_healed(models: Models, tmp_path: Path) -> None:
+    file, plain = tmp_path / "model.gguf", tmp_path / "plain.gguf"
+    library.export(models.lora.out, file, weights="f32", verify=False)
+    library.export(models.per_layer, plain, weights="f32", verify=False)
+    how = "lora, 12 steps, 384 tokens of built-in passages"
+    assert open_checkpoint(file).healed == how
+    assert open_checkpoint(plain).healed is None
+    assert f"healed             {how}" in secateur("inspect", file).out
+    secateur("prune", file, "--out", tmp_path / "out", "--remove", "10%").refused_at_once(
+        f"source {file} was healed, which is training ({how}): prune the original, and heal the "
+        "result"
+    )
 
 
 def test_a_merged_model_exports_like_any_other(models: Models, tmp_path: Path) -> None:

@@ -377,7 +377,7 @@ def test_boundaries_spill_replace_and_clean_up() -> None:
     assert kept[0] is first
     assert torch.equal(kept[1], second)
     assert kept._folder is not None
-    folder = Path(kept._folder.name)
+    folder = kept._folder
     assert [p.name for p in folder.iterdir()] == ["1.safetensors"]
     kept[1] = first  # the newest value counts, wherever the old one was
     kept[0] = second

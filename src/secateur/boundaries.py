@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+
+from secateur.scratch import scratch
 
 #: Bytes of activations held in memory before the rest goes to a temporary file each.
 IN_MEMORY = 2**28
@@ -18,7 +20,8 @@ class Boundaries:
         self._limit = limit
         self._held: dict[int, torch.Tensor] = {}
         self._spilled: dict[int, Path] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
+        self._open = ExitStack()
 
     def __setitem__(self, block: int, hidden: torch.Tensor) -> None:
         self._held.pop(block, None)
@@ -28,10 +31,10 @@ class Boundaries:
             self._held[block] = hidden
             return
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="secateur-")
+            self._folder = self._open.enter_context(scratch())
         from safetensors.torch import save_file
 
-        path = Path(self._folder.name) / f"{block}.safetensors"
+        path = self._folder / f"{block}.safetensors"
         save_file({"hidden": hidden.contiguous().cpu()}, path)
         self._spilled[block] = path
 
@@ -55,6 +58,5 @@ class Boundaries:
         """Forget everything, on disk too."""
         self._held.clear()
         self._spilled.clear()
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        self._folder = None
+        self._open.close()

@@ -22,7 +22,7 @@ from secateur.devices import check_device
 from secateur.errors import RecipeError, SourceError
 from secateur.forms import Target
 from secateur.modules import MODEL_TYPE_PREFIX
-from secateur.outputs.record import healed_text, record_of
+from secateur.outputs.record import healed
 from secateur.progress import Progress
 from secateur.recipe import Recipe
 from secateur.streaming import Stream
@@ -55,10 +55,10 @@ class Opened:
                 f"source {source} has been pruned to different sizes in each block already: prune "
                 "the original with a larger --remove instead"
             )
-        healed = healed_text(record_of(self.checkpoint.folder))
-        if healed is not None:
+        training = healed(self.checkpoint)
+        if training is not None:
             raise SourceError(
-                f"source {source} was healed, which is training ({healed}): prune the original, "
+                f"source {source} was healed, which is training ({training}): prune the original, "
                 "and heal the result"
             )
         self.stream = Stream(self.checkpoint, check_device(device))

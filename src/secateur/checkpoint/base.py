@@ -56,6 +56,8 @@ class Checkpoint(ABC):
     config: PretrainedConfig
     tensors: dict[str, TensorInfo]
     trust_remote_code: bool = False
+    #: How the model was healed, in the words of a file that holds no record; None: it does not say.
+    healed: str | None = None
     #: Bytes of memory that opening takes besides the weights.
     overhead: int = 0
 

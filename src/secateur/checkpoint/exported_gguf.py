@@ -20,11 +20,13 @@ from secateur.checkpoint.gguf_file import (
     open_reader,
     tokenizer_keys,
 )
-from secateur.errors import SourceError
+from secateur.errors import SourceError, printable
 
 #: Keys of our files: the transformers config, and where each tensor comes from.
 CONFIG_KEY = "secateur.config"
 TABLE_KEY = "secateur.tensors"
+#: How the model was healed; files of models that were not have no such key.
+HEALED_KEY = "secateur.healed"
 #: Stands in a file for a list of no merges, which llama.cpp does not take: these signs are no
 #: bytes, so no text of bytes has them.
 NO_MERGES = "▁ ▁"
@@ -58,6 +60,8 @@ class ExportedGguf(GgufCheckpoint):
             if not isinstance(raw, dict):
                 raise TypeError("the config is no object")
             self._places = dict(self._each_part(table))
+            if HEALED_KEY in reader.fields:
+                self.healed = printable(str(reader.fields[HEALED_KEY].contents()))
         except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
             raise SourceError(
                 f"{self.path} has damaged entries {CONFIG_KEY} or {TABLE_KEY} ({error!r}): export "

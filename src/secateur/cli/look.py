@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def inspect(source: Source, trust_remote_code: Trust = False) -> None:
     """Show a model's family, blocks, shapes and parameters by part, without reading weights."""
     from secateur.checkpoint import open_checkpoint
-    from secateur.outputs.record import healed_text, record_of
+    from secateur.outputs.record import healed
     from secateur.streaming import Stream
 
     checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
@@ -29,10 +29,10 @@ def inspect(source: Source, trust_remote_code: Trust = False) -> None:
     decoder = sum(count for part, count in by_part.items() if part.startswith("blocks: "))
     alike = decoder == anatomy.decoder_parameters
     kept = getattr(config, "secateur", {}).get("rotation", {}).get("kept")
-    healed = healed_text(record_of(checkpoint.folder))
+    training = healed(checkpoint)
     rows = [
         ("source", str(source)),
-        *([("healed", healed)] if healed else []),
+        *([("healed", training)] if training else []),
         ("family", f"{anatomy.family.name} ({anatomy.model_type})"),
         ("parameters", f"{total:,}"),
         ("in decoder blocks", f"{decoder:,}"),
@@ -89,7 +89,7 @@ def evaluate(
     from secateur.evaluation import check_tasks, load_whole, require_harness, zero_shot
     from secateur.evaluation import evaluate as run
     from secateur.evaluation.speed import generate
-    from secateur.outputs.record import healed_text, record_of
+    from secateur.outputs.record import healed
     from secateur.progress import for_terminal
 
     names: list[str] = []
@@ -108,9 +108,9 @@ def evaluate(
         progress=for_terminal(),
     )
     print(f"perplexity {found.value:.2f}  ({found.protocol})")
-    healed = healed_text(record_of(checkpoint.folder))
-    if healed:
-        print(f"healed, so not a training-free model: {healed}")
+    training = healed(checkpoint)
+    if training:
+        print(f"healed, so not a training-free model: {training}")
     if names:
         scores = zero_shot(
             checkpoint, names, limit=limit, data_dir=data_dir, device=device,

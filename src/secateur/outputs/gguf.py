@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 import secateur
-from secateur.checkpoint.exported_gguf import CONFIG_KEY, TABLE_KEY, interleave
+from secateur.checkpoint.exported_gguf import CONFIG_KEY, HEALED_KEY, TABLE_KEY, interleave
 from secateur.checkpoint.writer import sync_folder
 from secateur.errors import OutputError
 from secateur.outputs import gguf_arch
 from secateur.outputs.gguf_arch import Entry
 from secateur.outputs.gguf_tokenizer import add_tokenizer
-from secateur.outputs.record import record_of, zeros_of
+from secateur.outputs.record import healed, record_of, zeros_of
 from secateur.plans import Widths
 from secateur.streaming import Stream
 
@@ -192,6 +192,8 @@ def _write(
     writer.add_string("secateur.version", secateur.__version__)
     writer.add_string(CONFIG_KEY, json.dumps(config_values(stream), sort_keys=True))
     writer.add_string(TABLE_KEY, json.dumps([_origin(stream, entry) for entry in table]))
+    if training := healed(stream.checkpoint):
+        writer.add_string(HEALED_KEY, training)
     types = {entry.name: _type_of(entry, kind) for entry in table}
     notes += _fallbacks(table, types, kind)
     _add_file_type(writer, kind)

@@ -50,7 +50,7 @@ def write_shard(
 ) -> str:  # fmt: skip
     """Write the tensors of one finished block as they are; return the SHA-256 of the file."""
     prefix = f"{plan.anatomy.family.blocks}.{number}."
-    _check_range(tensors, dtype, f"block {cut.source}")
+    check_range(tensors, dtype, f"block {cut.source}")
     return write_tensors(
         folder / shard_name(number, blocks), {prefix + k: v for k, v in tensors.items()}
     )
@@ -99,7 +99,7 @@ def stored_weights(
 def write_outside(folder: Path, tensors: Tensors, *, blocks: int, dtype: torch.dtype) -> None:
     """Write embeddings, final norm and head, and the index over all shards."""
     cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
-    _check_range(cast, dtype, "the embedding or head")
+    check_range(cast, dtype, "the embedding or head")
     write_tensors(folder / shard_name(blocks, blocks), cast)
     from secateur.checkpoint.safetensors_folder import read_header
 
@@ -113,14 +113,21 @@ def write_outside(folder: Path, tensors: Tensors, *, blocks: int, dtype: torch.d
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _check_range(tensors: Tensors, dtype: torch.dtype, where: str) -> None:
-    """Refuse weights that do not fit the written type: float16 ends at 65504."""
+def check_range(tensors: Tensors, dtype: torch.dtype, where: str, *, or_else: str = "") -> None:
+    """Refuse weights that do not fit the written type: float16 ends at 65504.
+
+    Args:
+        or_else: what else the user may do about it.
+
+    Raises:
+        OutputError: names the tensor.
+    """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             short = str(dtype).removeprefix("torch.")
             raise OutputError(
                 f"{name} of {where} has weights too large for {short}: repeat the command with "
-                "--dtype bfloat16 or float32"
+                f"--dtype bfloat16 or float32{or_else}"
             )
 
 

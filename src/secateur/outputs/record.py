@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from secateur.checkpoint import Checkpoint
 from secateur.errors import SourceError
 from secateur.outputs.hf import RECORD
 
@@ -40,6 +41,11 @@ def healed_text(record: dict[str, Any] | None) -> str | None:
         return f"{settings['method']}, {steps} steps, {tokens:,} tokens of {origin}"
     except (KeyError, IndexError, TypeError):  # that it was healed, it says still
         return f"{RECORD} is damaged where it says how"
+
+
+def healed(checkpoint: Checkpoint) -> str | None:
+    """How an opened model was healed, by its folder's record or by its file's own mark."""
+    return checkpoint.healed or healed_text(record_of(checkpoint.folder))
 
 
 def zeros_of(record: dict[str, Any] | None) -> int:

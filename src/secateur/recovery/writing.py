@@ -10,9 +10,8 @@ import torch
 
 from secateur.checkpoint import Checkpoint
 from secateur.checkpoint.writer import write_bytes, write_json, write_tensors
-from secateur.errors import OutputError
 from secateur.modules import MODELING_FILE
-from secateur.outputs.hf import COPIED, INDEX, PLAN_TENSORS, RECORD, check_own
+from secateur.outputs.hf import COPIED, INDEX, PLAN_TENSORS, RECORD, check_own, check_range
 from secateur.recovery.card import healed_card
 from secateur.recovery.source import Pruned, raw_config
 
@@ -41,7 +40,7 @@ def write_weights(
         for name in (n for n, info in checkpoint.tensors.items() if info.file == path):
             tensor = merged(name, checkpoint.read(name))
             tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-            _check_range(name, tensors[name])
+        check_range(tensors, dtype, "the healed model", or_else=", or a lower --lr")
         write_tensors(folder / path.name, tensors)
         weight_map |= dict.fromkeys(tensors, path.name)
         total += sum(t.numel() * t.element_size() for t in tensors.values())
@@ -73,13 +72,3 @@ def write_record(folder: Path, pruned: Pruned, healed: dict[str, Any]) -> dict[s
     card = healed_card(record, name=Path(pruned.checkpoint.source).name, stock=stock)
     write_bytes(folder / "README.md", card.encode())
     return record
-
-
-def _check_range(name: str, tensor: torch.Tensor) -> None:
-    """Refuse weights that do not fit the written type: float16 ends at 65504."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        short = str(tensor.dtype).removeprefix("torch.")
-        raise OutputError(
-            f"{name} has weights too large for {short} after healing: repeat the command with "
-            "--dtype bfloat16 or float32, or a lower --lr"
-        )
