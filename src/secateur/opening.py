@@ -50,16 +50,16 @@ class Opened:
         self.target = target or Target()
         self.checkpoint: Checkpoint = open_checkpoint(source, trust_remote_code=trust_remote_code)
         self._state = self.checkpoint.state()
-        if str(self.checkpoint.config.model_type).startswith(MODEL_TYPE_PREFIX):
-            raise SourceError(
-                f"source {source} has been pruned to different sizes in each block already: prune "
-                "the original with a larger --remove instead"
-            )
         training = healed(self.checkpoint)
         if training is not None:
             raise SourceError(
                 f"source {source} was healed, which is training ({training}): prune the original, "
                 "and heal the result"
+            )
+        if str(self.checkpoint.config.model_type).startswith(MODEL_TYPE_PREFIX):
+            raise SourceError(
+                f"source {source} has been pruned to different sizes in each block already: prune "
+                "the original with a larger --remove instead"
             )
         self.stream = Stream(self.checkpoint, check_device(device))
         self.dtype = self.checkpoint.dtype if recipe.dtype == "auto" else _dtype(recipe.dtype)
