@@ -15,7 +15,7 @@ from test_scored import blocks_of, check_total, highest, kept_units, whole
 
 from secateur.pipeline import make_plan
 from secateur.recipe import Recipe, make_recipe
-from secateur.solvers.fusion import fluctuation, fused, learned_variances, variances
+from secateur.solvers.fusion import fluctuation, fused, learned_variances, noise, variances
 
 Folder = Callable[[str], Path]
 SHORT = {"samples": 4, "length": 24}
@@ -41,11 +41,18 @@ def recipe(remove: str = "40%", **options: Any) -> Recipe:
 
 def two_scores(
     weights: dict[str, np.ndarray], windows: list[dict[str, np.ndarray]],
-    parts: list[tuple[str, int]], units: int,
+    parts: list[tuple[str, int]], units: int, order: str,
 ) -> Pair:  # fmt: skip
     """I_v and I_e of each unit from these windows: sums over the layers that it is made of."""
     coarse, fine = np.zeros(units), np.zeros(units)
     for path, axis in parts:
+        if order == "second":
+            for window in windows:
+                change = weights[path] * window[f"{path}.weight"]
+                for unit, own in enumerate(np.split(change, units, axis=axis)):
+                    coarse[unit] += own.sum() ** 2 / len(windows)
+                    fine[unit] += (own**2).sum() / len(windows)
+            continue
         g = np.mean([w[f"{path}.weight"] for w in windows], axis=0)
         f = np.mean([w[f"{path}.weight"] ** 2 for w in windows], axis=0)
         change = weights[path] * g - weights[path] ** 2 * f / 2
@@ -55,7 +62,9 @@ def two_scores(
     return coarse, fine
 
 
-def reference(folder: Path, paths: tuple[str, str], groups: int) -> list[list[list[Pair]]]:
+def reference(
+    folder: Path, paths: tuple[str, str], groups: int, order: str
+) -> list[list[list[Pair]]]:
     """By block and kind: the two scores of all windows together, then those of each."""
     model = whole(folder)
     windows, found = window_gradients(folder, model), []
@@ -68,7 +77,10 @@ def reference(folder: Path, paths: tuple[str, str], groups: int) -> list[list[li
         sizes = (groups, weights[paths[1]].shape[1])
         found.append(
             [
-                [two_scores(weights, some, parts, units) for some in (own, *([w] for w in own))]
+                [
+                    two_scores(weights, some, parts, units, order)
+                    for some in (own, *([w] for w in own))
+                ]
                 for parts, units in zip(PARTS[paths], sizes, strict=True)
             ]
         )
@@ -93,21 +105,40 @@ def unstable(each: list[np.ndarray]) -> np.ndarray:
     return np.where(dead, 0, np.var(each, axis=0) / np.where(dead, 1, mean) ** 2)
 
 
+def noise_of(kinds: list[list[Pair]], fit: str) -> tuple[float, float]:
+    """s1^2 and s2^2 shared by the units of these layers, from all windows and each."""
+    found = []
+    for i in (0, 1):
+        s2 = np.concatenate([kind[0][i] for kind in kinds]).mean()
+        if fit == "measured":
+            s2 *= np.concatenate([unstable([p[i] for p in kind[1:]]) for kind in kinds]).mean()
+        found.append(float(s2))
+    return found[0], found[1]
+
+
 # ---- which units -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["penalty", "alone", "off"])
-@pytest.mark.parametrize("kind", ["adaptive", "coarse", "fine", "sum", "product"])
-def test_the_lowest_of_each_block(kind: str, how: str, model_folder: Folder) -> None:
+@pytest.mark.parametrize(
+    ("kind", "fit"),
+    [
+        ("adaptive", "measured"),
+        *((k, "closed") for k in ("adaptive", "coarse", "fine", "sum", "product")),
+    ],
+)
+@pytest.mark.parametrize("order", ["second", "mixed"])
+def test_the_lowest_of_each_block(
+    fit: str, order: str, kind: str, how: str, model_folder: Folder
+) -> None:
     """Without one order over all blocks: fusion and fluctuation of units side by side."""
     name, paths, group, groups = SHAPES[0]
-    made = recipe("55%", fusion=kind, fluctuation=how, shares="uniform")
+    made = recipe("55%", fusion=kind, fluctuation=how, order=order, fit=fit)
     result = make_plan(model_folder(name), made)
-    scores = reference(model_folder(name), paths, groups)
+    scores = reference(model_folder(name), paths, groups, order)
     for cut, kinds in zip(result.plan.blocks, scores, strict=True):
         for place, (path, width) in enumerate(zip(paths, (group, 1), strict=True)):
-            whole_model = [block[place][0] for block in scores]
-            s2 = tuple(np.concatenate([p[i] for p in whole_model]).mean() for i in (0, 1))
+            s2 = noise_of([block[place] for block in scores], fit)
             all_, *each = (mixed(pair, kind, s2) for pair in kinds[place])
             ranks = {"off": all_, "alone": -unstable(each), "penalty": z(all_) - z(unstable(each))}
             units = kept_units(cut, path, width)
@@ -123,9 +154,10 @@ def test_noise_and_its_logarithm_between_blocks(
     name: str, paths: tuple[str, str], group: int, groups: int, fit: str, sigma: str,
     model_folder: Folder,
 ) -> None:  # fmt: skip
-    made = recipe("30%", sigma=sigma, fluctuation="off", fit=fit)
+    made = recipe("30%", order="mixed", sigma=sigma, fit=fit, shares="global")
     result = make_plan(model_folder(name), made)
-    pairs = [[kind[0] for kind in block] for block in reference(model_folder(name), paths, groups)]
+    scores = reference(model_folder(name), paths, groups, "mixed")
+    pairs = [[kind[0] for kind in block] for block in scores]
 
     def shared(block: int, place: int) -> tuple[Any, Any]:
         pools = {
@@ -155,10 +187,10 @@ def test_noise_and_its_logarithm_between_blocks(
 def test_one_order_of_standardised_scores(
     name: str, paths: tuple[str, str], group: int, groups: int, model_folder: Folder
 ) -> None:
-    result = make_plan(model_folder(name), recipe("30%"))
-    scores = reference(model_folder(name), paths, groups)
-    first = [block[1][0] for block in scores]
-    s2 = tuple(np.concatenate([pair[i] for pair in first]).mean() for i in (0, 1))
+    made = recipe("30%", order="mixed", fit="closed", fluctuation="penalty", shares="global")
+    result = make_plan(model_folder(name), made)
+    scores = reference(model_folder(name), paths, groups, "mixed")
+    s2 = noise_of([block[1] for block in scores], "closed")
     gone, kept = [], []
     for cut, block in zip(result.plan.blocks, scores, strict=True):
         all_, *each = (mixed(pair, "adaptive", s2) for pair in block[1])
@@ -195,3 +227,10 @@ def test_the_closed_form_is_least() -> None:
 def test_fluctuation() -> None:
     scores = torch.tensor([[1.0, 2.0, 0.0], [3.0, 2.0, 0.0]])
     assert fluctuation(scores).tolist() == [0.25, 0.0, 0.0]
+
+
+def test_noise_of_scores() -> None:
+    steady, wild = torch.tensor([[1.0, 2.0], [1.0, 6.0]]), torch.tensor([[1.0, 4.0], [3.0, 4.0]])
+    assert noise(torch.stack([steady, wild])).tolist() == [0.125, 0.125]
+    assert noise(torch.stack([steady, wild * wild])).tolist() == [0.125, 0.32]
+    assert noise(torch.stack([steady, wild])[:, :1]).tolist() == [1.0, 1.0]  # one window

@@ -17,7 +17,14 @@ from secateur.methods.base import Block, register
 from secateur.methods.by_gradient import ByGradient, GradientOptions
 from secateur.methods.scored import Scores
 from secateur.methods.units import members
-from secateur.solvers.fusion import TINY, fluctuation, fused, learned_variances, variances
+from secateur.solvers.fusion import (
+    TINY,
+    fluctuation,
+    fused,
+    learned_variances,
+    noise,
+    variances,
+)
 from secateur.solvers.pooling import standardised
 from secateur.solvers.taylor import GradientSums, loss_change, of_sums, over_units
 
@@ -25,6 +32,11 @@ from secateur.solvers.taylor import GradientSums, loss_change, of_sums, over_uni
 class SaapOptions(GradientOptions):
     """Settings of SAAP as we read it."""
 
+    order: Literal["second", "mixed"] = Field(
+        "second",
+        description="of the Taylor series: the second term alone, or both as LLM-Pruner's "
+        "param_mix, of which the first is nearly all",
+    )
     fusion: Literal["adaptive", "coarse", "fine", "sum", "product"] = Field(
         "adaptive", description="of the two scores of a unit: adaptive is the paper's"
     )
@@ -33,16 +45,18 @@ class SaapOptions(GradientOptions):
         description="which units share the noise of adaptive fusion: all, those of one kind, those "
         "of one kind in one block, or none",
     )
-    fit: Literal["closed", "learned"] = Field(
-        "closed", description="the noise in closed form, or by gradient descent to the same end"
+    fit: Literal["measured", "closed", "learned"] = Field(
+        "measured",
+        description="the noise: as the score fluctuates over windows; where the sum of the fused "
+        "scores is least, in closed form; or by gradient descent to the same end",
     )
     fluctuation: Literal["penalty", "alone", "off"] = Field(
-        "penalty",
+        "off",
         description="penalty: importance less fluctuation over windows, both standardised in each "
         "layer; alone: what fluctuates most goes; off: importance alone, as it is",
     )
-    shares: Literal["global", "uniform"] = Field(
-        "global", description="one order over all blocks, or the same share of each"
+    shares: Literal["uniform", "global"] = Field(
+        "uniform", description="the same share of each block, or one order over all"
     )
     exempt_first: int = Field(4, ge=0, description="first blocks that lose nothing")
     exempt_last: int = Field(2, ge=0, description="last blocks that lose nothing")
@@ -64,38 +78,54 @@ class Saap(ByGradient):
     def scores(self, block: Block) -> Scores:
         """Coarse and fine score of each unit, of all windows and of each, (2, 1 + windows, units).
 
-        With c = W g - W^2 F / 2 of each weight, over the layers that a unit is made of: coarse is
-        the sum of |sum of c|, fine that of sum of |c|. Of one window, g is its own gradient and
-        F = g^2; of all, g and F are means.
+        Over the layers that a unit is made of, coarse is the sum of |sum of c| and fine that of sum
+        of |c|, with c = W g - W^2 F / 2 of each weight: of one window, g is its own gradient and F
+        = g^2; of all, g and F are means. By the second order alone, coarse is the sum of (sum of W
+        g)^2 and fine that of sum of (W g)^2; of all windows, these are the means over them.
         """
+        alone = self.options.order == "second"
         each: list[dict[str, torch.Tensor]] = []
 
         def watched() -> Iterator[dict[str, torch.Tensor]]:
             for gradient in block.gradients:
-                each.append(self._both(block, gradient, {n: g * g for n, g in gradient.items()}))
+                squares = None if alone else {name: g * g for name, g in gradient.items()}
+                each.append(self._both(block, gradient, squares))
                 yield gradient
 
-        sums = GradientSums.of(watched(), squares=True)
-        whole = self._both(
-            block,
-            {name: g / sums.calls for name, g in sums.total.items()},
-            {name: f / sums.calls for name, f in sums.squares.items()},
-        )
+        if alone:
+            for _ in watched():
+                pass
+            whole = {name: torch.stack([own[name] for own in each]).mean(0) for name in each[0]}
+        else:
+            sums = GradientSums.of(watched(), squares=True)
+            whole = self._both(
+                block,
+                {name: g / sums.calls for name, g in sums.total.items()},
+                {name: f / sums.calls for name, f in sums.squares.items()},
+            )
         return {name: torch.stack([own, *(one[name] for one in each)], 1).cpu()
                 for name, own in whole.items()}  # fmt: skip
 
     def _both(
-        self, block: Block, gradient: Mapping[str, torch.Tensor], fisher: Mapping[str, torch.Tensor]
+        self,
+        block: Block,
+        gradient: Mapping[str, torch.Tensor],
+        fisher: Mapping[str, torch.Tensor] | None,
     ) -> dict[str, torch.Tensor]:
-        """Coarse and fine score of each unit by layer, (2, units)."""
+        """Coarse and fine score of each unit by layer, (2, units); without F, by second order."""
         found = {}
         for name in self._denses(block.anatomy):
             coarse, fine = [], []
             for part in members(block.anatomy, name):
-                path = part.path
-                change = loss_change(block.weights[path], gradient[path], fisher[path], "mixed")
-                coarse.append(of_sums(change, part.axis, part.width))
-                fine.append(over_units(change, part.axis, part.width, vector=False))
+                weight, g = block.weights[part.path], gradient[part.path]
+                if fisher is None:
+                    first = loss_change(weight, g, None, "first")
+                    coarse.append(of_sums(first, part.axis, part.width).square())
+                    fine.append(over_units(first.square(), part.axis, part.width, vector=False))
+                else:
+                    change = loss_change(weight, g, fisher[part.path], "mixed")
+                    coarse.append(of_sums(change, part.axis, part.width))
+                    fine.append(over_units(change, part.axis, part.width, vector=False))
             found[name] = torch.stack([torch.stack(coarse).sum(0), torch.stack(fine).sum(0)])
         return found
 
@@ -103,12 +133,12 @@ class Saap(ByGradient):
 
     def ranked(self, surveys: Mapping[int, Any]) -> dict[int, Scores]:
         """Importance as it is; less fluctuation, or that alone, each standardised in its layer."""
-        noise = self._noise(surveys)
+        shared = self._noise(surveys)
         found: dict[int, Scores] = {}
         for layer, survey in surveys.items():
             found[layer] = {}
             for name, scores in survey.items():
-                variance = noise[layer, name]
+                variance = shared[layer, name]
                 ranks = self._fused(scores[:, 0], variance)
                 if self.options.fluctuation != "off":
                     unstable = standardised(fluctuation(self._of_windows(scores[:, 1:], variance)))
@@ -118,19 +148,28 @@ class Saap(ByGradient):
         return found
 
     def _noise(self, surveys: Mapping[int, Any]) -> dict[tuple[int, str], torch.Tensor]:
-        """s1^2 and s2^2 of each layer's units, (2,), or (2, units) where each has its own."""
+        """s1^2 and s2^2 of each layer's units, (2,), or (2, units) where each has its own.
+
+        A unit that shares with nobody has nothing to be measured by: the closed form.
+        """
+        options = self.options
         shared: dict[tuple[int | str, ...], list[torch.Tensor]] = {}
         keys: dict[tuple[int, str], tuple[int | str, ...]] = {}
         for layer, survey in surveys.items():
             for name, scores in survey.items():
                 own = (layer, name)
                 scopes = {"model": (), "module": (name,), "layer": own, "group": own}
-                keys[own] = scopes[self.options.sigma]
-                shared.setdefault(keys[own], []).append(scores[:, 0])
-        if self.options.sigma == "group":
-            return {key: shared[keys[key]][0].clamp_min(TINY) for key in keys}
-        solve = learned_variances if self.options.fit == "learned" else variances
-        solved = {scope: solve(torch.cat(parts, 1)) for scope, parts in shared.items()}
+                keys[own] = scopes[options.sigma]
+                shared.setdefault(keys[own], []).append(scores)
+        if options.sigma == "group":
+            return {key: shared[keys[key]][0][:, 0].clamp_min(TINY) for key in keys}
+        solved = {}
+        for scope, parts in shared.items():
+            units = torch.cat(parts, -1)
+            solve = learned_variances if options.fit == "learned" else variances
+            solved[scope] = solve(units[:, 0])
+            if options.fit == "measured":
+                solved[scope] = (solved[scope] * noise(units[:, 1:])).clamp_min(TINY)
         return {key: solved[scope] for key, scope in keys.items()}
 
     def _fused(self, scores: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:

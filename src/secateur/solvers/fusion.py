@@ -8,6 +8,9 @@ Kendall, Gal & Cipolla (2018) weigh losses by noise that is learned with them. S
 Over the units that share s1 and s2 the sum of I is least at s1^2 = mean I_v, s2^2 = mean I_e: each
 score is divided by its mean. Where each unit has its own, I = 1 + log(I_v I_e) / 2, and the order
 is that of the geometric mean.
+
+That noise says how large a score is, not how sure. Measured noise takes it times the score's
+variance over windows by the square of its mean: a score that each window contradicts counts less.
 """
 
 from __future__ import annotations
@@ -77,3 +80,17 @@ def fluctuation(scores: torch.Tensor) -> torch.Tensor:
     mean = values.mean(0)
     spread = (values - mean).square().mean(0)
     return torch.where(mean > 0, spread / mean.square().clamp_min(TINY), 0.0)
+
+
+def noise(scores: torch.Tensor) -> torch.Tensor:
+    """How much each of two scores fluctuates over windows, as the mean over units.
+
+    Args:
+        scores: of each window, (2, windows, units), none below 0.
+
+    Returns:
+        (2,), float64, without unit; ones where one of them is the same in all windows, as in a
+        single one: then nothing is known of it.
+    """
+    found = torch.stack([fluctuation(one).mean() for one in scores])
+    return found if bool((found > 0).all()) else torch.ones_like(found)
