@@ -50,7 +50,8 @@ class Block:
     Attributes:
         source: its number in the original model.
         anatomy: of the model.
-        weights: weight of each linear layer by path, (p, q), float32.
+        weights: weight of each linear layer by path, (p, q), float32; of a large block read from the
+            source each time one is asked for (:mod:`secateur.rereading`).
         moments: statistics of each signal that the method asked for.
         generator: for methods that draw; seeded from the recipe's seed and the block's number.
         held_out: the same of the windows that a method keeps apart (:attr:`Method.held_out`); they
@@ -66,7 +67,7 @@ class Block:
 
     source: int
     anatomy: Anatomy
-    weights: dict[str, torch.Tensor]
+    weights: Mapping[str, torch.Tensor]
     moments: dict[str, Moments]
     generator: torch.Generator
     held_out: dict[str, Moments] = field(default_factory=dict)
