@@ -245,6 +245,7 @@ class Engine:
                 again = hidden is not None and not self.method.identical_inputs
                 if probed is not None or again:
                     with masked(self.stream, module, state, cut, self.dtype):
+                        state = {}
                         if probed is not None:
                             probed = self.stream.forward_block(layer, module, probed)
                             # Of a trial nobody asks for new weights, which add up to a model.

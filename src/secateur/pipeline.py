@@ -198,11 +198,11 @@ class Run(Prepared):
         copies = self.method.copies(anatomy, spec.samples, spec.length)
         # They are made in as many passes over the windows as there are copies: one over them all.
         extra = bool(copies)
-        tokens = (spec.samples * (1 + copies) + written) * spec.length
+        windows = self.method.windows_seen(spec.samples, copies, written)
         return estimate(
             anatomy,
             self.method.signals(anatomy) if self.method.needs == "moments" else set(),
-            windows=spec.samples * (1 + copies) + written,
+            windows=windows,
             length=spec.length,
             hidden=int(config.hidden_size),
             vocabulary=int(config.vocab_size),
@@ -210,7 +210,9 @@ class Run(Prepared):
             gradients=self.method.survey_by == "gradients",
             passes=work.passes + extra,
             heads=work.heads + extra,
-            solving=work.cuts * anatomy.layers * self.method.solving(anatomy, tokens),
+            solving=work.cuts
+            * anatomy.layers
+            * self.method.solving(anatomy, windows * spec.length),
             whole=bool(written),
         )
 

@@ -12,8 +12,8 @@ from typing import TextIO
 
 #: Without a terminal, a stage says something at most this often, in seconds.
 PLAIN_INTERVAL = 10.0
-#: Bytes of a tensor that has pages of its own where blocks are large: a new page costs about as much
-#: as a pass over it, which products of matrices of this size do not notice.
+#: Bytes of a tensor that has pages of its own where blocks are large: a new page costs about as
+#: much as a pass over it, which products of matrices of this size do not notice.
 LARGE_TENSOR = 2**22
 
 
