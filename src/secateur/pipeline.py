@@ -199,6 +199,7 @@ class Run(Prepared):
         # They are made in as many passes over the windows as there are copies: one over them all.
         extra = bool(copies)
         windows = self.method.windows_seen(spec.samples, copies, written)
+        solving = self.method.solving(anatomy, windows * spec.length)
         return estimate(
             anatomy,
             self.method.signals(anatomy) if self.method.needs == "moments" else set(),
@@ -210,9 +211,7 @@ class Run(Prepared):
             gradients=self.method.survey_by == "gradients",
             passes=work.passes + extra,
             heads=work.heads + extra,
-            solving=work.cuts
-            * anatomy.layers
-            * self.method.solving(anatomy, windows * spec.length),
+            solving=work.cuts * anatomy.layers * solving,
             whole=bool(written),
         )
 
