@@ -213,6 +213,7 @@ class Run(Prepared):
             heads=work.heads + extra,
             solving=work.cuts * anatomy.layers * solving,
             whole=bool(written),
+            waits=not self.method.stages(anatomy),
         )
 
     def layout_cost(self, choice: LayerChoice) -> dict[str, float] | None:
