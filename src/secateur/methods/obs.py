@@ -55,7 +55,7 @@ class ObsOptions(StructuredOptions):
         "auto",
         description="copies of the calibration windows with tokens that the model drew anew, to "
         "fit to as well; auto: as many as make 12,000 tokens of it, at most 8, or 4 beside written "
-        "windows",
+        "windows; where a layer has more than 4,096 inputs, no more than half as many tokens",
     )
     written: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
