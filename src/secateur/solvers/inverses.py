@@ -78,7 +78,7 @@ class InverseOfFew(Inverse):
 
     def __init__(self, moments: Moments, damping: float) -> None:
         self._moments = moments
-        rows = self._rows()
+        rows = self._stored().double()
         tokens, width = rows.shape
         inner = rows @ rows.T
         if not bool(torch.isfinite(inner).all()):
@@ -94,15 +94,15 @@ class InverseOfFew(Inverse):
                 break
         else:
             raise ArithmeticError("the tokens have no Cholesky factor under any damping")
-        # By columns, as LAPACK wants it, so that A takes the place of X.
-        self._half = torch.empty_like(rows.T, memory_format=torch.contiguous_format).T.copy_(rows)
         del rows, inner
+        # By columns, as LAPACK wants it, so that A takes the place of X.
+        self._half = matrix.new_empty(width, tokens).T.copy_(self._stored())
         torch.linalg.solve_triangular(matrix, self._half, upper=False, out=self._half)
 
-    def _rows(self) -> torch.Tensor:
+    def _stored(self) -> torch.Tensor:
         rows = self._moments.rows
         assert rows is not None
-        return rows.double()
+        return rows
 
     def columns(self, inputs: torch.Tensor) -> torch.Tensor:
         out = self._half.T @ self._half[:, inputs]
@@ -120,7 +120,7 @@ class InverseOfFew(Inverse):
         return out.div_(self._damping)
 
     def energy(self, weight: torch.Tensor) -> float:
-        out, rows = 0.0, self._rows()
+        out, rows = 0.0, self._stored().double()
         for part in weight.split(PANEL):
             own = part.double()
             put_out = (rows @ own.T).square().sum() / len(rows)
