@@ -22,8 +22,9 @@ PRUNE = """
 import json, sys
 from secateur.pruning import prune
 from secateur.recipe import make_recipe
-recipe = make_recipe(remove="20%%", of="decoder", options={"layers": 1, "exempt_first": 0,
-                     "exempt_last": 0}, calibration={"samples": %d, "length": %d})
+recipe = make_recipe(method="comp", remove="20%%", of="decoder",
+                     options={"layers": 1, "exempt_first": 0, "exempt_last": 0},
+                     calibration={"samples": %d, "length": %d})
 result = prune(sys.argv[1], sys.argv[2], recipe, verify=False)
 print(json.dumps({"peak": result.peak_memory, "estimate": result.estimate.memory}))
 """ % (SAMPLES, LENGTH)  # noqa: UP031 (braces in the script)

@@ -116,7 +116,7 @@ def test_few_tokens_say_the_same_as_their_second_moment(unit: int) -> None:
     assert few.rows is not None
     second = x.double().T @ x.double() / 9
     one = GreedyOrder(weight, WholeInverse(second, 0.01), unit=unit)
-    other = GreedyOrder(weight, InverseOfFew(few.rows, 0.01), unit=unit)
+    other = GreedyOrder(weight, InverseOfFew(few, 0.01), unit=unit)
     for removed in (4, 8, 12, 16):
         assert one.error(removed) == pytest.approx(other.error(removed), rel=1e-9)
         assert torch.equal(one.kept(removed), other.kept(removed))

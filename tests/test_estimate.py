@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from secateur import rereading
 from secateur.checkpoint import open_checkpoint
 from secateur.engine import Engine
-from secateur.estimate import Work, work_of
+from secateur.estimate import Work, estimate, work_of
 from secateur.forms import Form
 from secateur.methods import Method, get_method
 from secateur.methods.chain import Chain
@@ -93,3 +94,44 @@ def test_few_tokens_take_less_than_a_matrix_of_all_inputs() -> None:
     assert moments_work(1000, 501) == 2 * 501 * 1000**2 + 5 * 1000**3
     assert moments_work(1000, 500) == 6 * 1000 * 500**2
     assert moments_work(1000, 100) < moments_work(1000, 400)
+
+
+def test_a_large_block_waits_while_its_layers_are_solved(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    anatomy = Stream(open_checkpoint(model_folder("llama-gqa-tied"))).anatomy
+    signals = {"heads", "neurons"}
+    heads, neurons = (
+        anatomy.denses[name].inputs for name in anatomy.consumers("values", "neurons")
+    )
+    largest = max(d.rows * d.inputs for d in anatomy.denses.values())
+    parameters = anatomy.block_parameters
+    assert neurons > heads
+
+    def matrices(tokens: int, *, waits: bool) -> int:
+        found = estimate(
+            anatomy,
+            signals,
+            windows=1,
+            length=tokens,
+            hidden=heads,
+            vocabulary=8,
+            passes=1,
+            waits=waits,
+        )
+        return found.parts["a block and its matrices"]
+
+    many = 8 * neurons**2 + 8 * heads**2  # second moments in float64
+    kept = 6 * parameters + 6 * 8 * neurons**2 + many
+    assert matrices(10 * neurons, waits=False) == kept
+    assert matrices(10 * neurons, waits=True) == kept  # it is no large one
+    monkeypatch.setattr(rereading, "LARGE_BLOCK", 1)
+    assert matrices(10 * neurons, waits=False) == kept
+    solved = 10 * largest + 6 * 8 * neurons**2 + many
+    assert matrices(10 * neurons, waits=True) == solved < kept
+    # Two tokens are kept as they are, and then the block itself is the most that there is.
+    assert matrices(2, waits=True) == max(
+        6 * parameters + 8 * (neurons + heads),
+        10 * largest + 8 * (neurons + heads) + 12 * neurons**2,
+        10 * parameters,
+    )

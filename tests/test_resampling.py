@@ -123,6 +123,34 @@ def test_copies_by_default(windows: int, length: int, copies: int, model_folder:
     assert made("comp", {}) == 0
 
 
+@pytest.mark.parametrize(
+    ("width", "windows", "length", "copies"),
+    [
+        (4096, 10, 128, 8),  # whole second moments are small
+        (5632, 10, 128, 1),  # 22 windows are half as many tokens: 10 and 7
+        (11008, 10, 128, 4),  # 43 windows: 10 and four times the 7 that no fit is judged by
+        (16384, 10, 128, 7),  # 64 windows: 10 and seven times 7
+        (11008, 40, 128, 0),  # one copy of 28 windows beside 40 is too much
+        (11008, 6, 1024, 0),  # too many tokens to begin with, and enough
+        (11008, 30, 192, 1),  # too many to begin with, so that more cost no more memory
+    ],
+)
+def test_copies_leave_tokens_of_wide_layers_few(
+    width: int, windows: int, length: int, copies: int, model_folder: Folder
+) -> None:
+    anatomy = Stream(open_checkpoint(model_folder("llama-gqa-tied"))).anatomy
+    widened = {
+        name: replace(dense, inputs=width) if dense.reads == "neurons" else dense
+        for name, dense in anatomy.denses.items()
+    }
+    method = get_method("obs", {}, Form("coupled"))
+    assert isinstance(method, Method)
+    assert method.copies(replace(anatomy, denses=widened, layers=10**6), windows, length) == copies
+    told = get_method("obs", {"copies": 8}, Form("coupled"))
+    assert isinstance(told, Method)
+    assert told.copies(replace(anatomy, denses=widened, layers=10**6), windows, length) == 8
+
+
 # ---- windows that the model writes -----------------------------------------------------------
 
 

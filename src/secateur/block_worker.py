@@ -27,7 +27,7 @@ class BlockWorker:
 
     _run: Prepared
     _block: Block
-    _state: Tensors
+    _state: Tensors | None  # of a block that is not large
     _cut: BlockCut
 
     def __init__(self) -> None:
@@ -108,14 +108,17 @@ class BlockWorker:
 
         engine, method = self._run.engine, self._run.method
         hidden = None if inputs is None else self._inputs(Path(inputs))
-        with self._run.stream.block(layer) as module:
-            share = Share(parameters, lose, units)
-            with listening() as self._steps:
+        stream, share = self._run.stream, Share(parameters, lose, units)
+        with listening() as self._steps:
+            with stream.block(layer) as module:
                 block, _ = engine.look(layer, module, hidden, share, late)
-                with finite_statistics(layer):
-                    prepared = method.prepare(block) if parameters else None
-            self._block = replace(block, prepared=prepared)
-            self._state = state_of(module)
+                self._state = None if stream.large else state_of(module)
+            del hidden
+            if stream.large:  # it waits in the file while its layers are solved
+                block = replace(block, weights=stream.layers_of(layer))
+            with finite_statistics(layer):
+                prepared = method.prepare(block) if parameters else None
+        self._block = replace(block, prepared=prepared)
 
     def _inputs(self, file: Path) -> torch.Tensor:
         """What goes into a block, (windows, length, hidden)."""
@@ -167,11 +170,14 @@ class BlockWorker:
 
         run, cut = self._run, self._cut
         number, blocks = self._layers.index(cut.source), len(self._layers)
+        state = self._state
+        if state is None:
+            state = run.stream.read_block(cut.source, run.stream.dtype)
         digest = hf.write_block(
             self._folder / "model",
             Plan(run.stream.anatomy, []),
             cut,
-            self._state,
+            state,
             number=number,
             blocks=blocks,
             dtype=run.dtype,

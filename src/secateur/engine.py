@@ -245,6 +245,7 @@ class Engine:
                 again = hidden is not None and not self.method.identical_inputs
                 if probed is not None or again:
                     with masked(self.stream, module, state, cut, self.dtype):
+                        state = {}
                         if probed is not None:
                             probed = self.stream.forward_block(layer, module, probed)
                             # Of a trial nobody asks for new weights, which add up to a model.
@@ -324,8 +325,11 @@ class Engine:
 
     def signals(self, quota: int) -> set[str]:
         """Signals whose statistics the cut of a block needs."""
-        wanted = quota > 0 or self.method.cuts_every_block
-        return self.method.signals(self.stream.anatomy) if wanted else set()
+        return self.method.signals(self.stream.anatomy) if self._cuts(quota) else set()
+
+    def _cuts(self, quota: int) -> bool:
+        """Whether anything is looked for in a block that shall lose so much."""
+        return quota > 0 or self.method.cuts_every_block
 
     def _pass_on(
         self, layer: int, module: torch.nn.Module, hidden: torch.Tensor | None
@@ -350,7 +354,12 @@ class Engine:
             seen = masked(self.stream, module, state, cut, self.dtype) if number else nullcontext()
             with seen:
                 block, out = self.look(layer, module, hidden, share, late, only)
-            cut = cut.joined(cut_by(self.method, block, share.parameters, self.dtype))
+            # What the block puts out is known now; a large one waits while its layers are solved.
+            waits = self.stream.large and not stages and self._cuts(share.parameters)
+            aside = self.stream.set_aside(layer, module) if waits else nullcontext(block.weights)
+            with aside as weights:
+                block = replace(block, weights=weights)
+                cut = cut.joined(cut_by(self.method, block, share.parameters, self.dtype))
         if stages:
             module.load_state_dict(
                 {k: v.to(self.stream.device) for k, v in state.items()}, assign=True

@@ -15,6 +15,8 @@ from secateur.errors import MemoryLimitError, RecipeError
 from secateur.layers import search_work
 from secateur.methods import Method
 from secateur.recipe import BYTE_UNITS, parse_amount
+from secateur.rereading import is_large
+from secateur.statistics import are_few
 from secateur.streaming import TOKENS_PER_CALL, TOKENS_PER_HEAD_CALL
 
 #: Python, torch and transformers themselves, measured on Linux; mapped library pages left out.
@@ -109,6 +111,7 @@ def estimate(
     overhead: int = 0,
     whole: bool = False,
     gradients: bool = False,
+    waits: bool = False,
 ) -> Estimate:
     """Estimate one run from counts of bytes and operations and a short measurement.
 
@@ -121,6 +124,7 @@ def estimate(
         overhead: bytes that the open checkpoint takes.
         whole: whether the model writes windows itself, and is in memory as a whole for that.
         gradients: whether the loss is passed back through the model; its work is in ``passes``.
+        waits: whether a large block is read again instead of kept while it is cut.
     """
     tokens = windows * length
     batch = min(tokens, TOKENS_PER_CALL)
@@ -135,11 +139,13 @@ def estimate(
     outside += 4 * 3 * vocabulary * min(length, TOKENS_PER_HEAD_CALL) if heads else 0
     # In the module, with what is read into it; and later what is new of it masked, and sliced.
     held, block = 6 * anatomy.block_parameters, 10 * anatomy.block_parameters
-    few = 2 * tokens <= widest
-    copies = GRAM_COPIES_OF_FEW if few else GRAM_COPIES
+    # While layers are solved, instead of the block one weight, its inputs in an order, as read.
+    beside = 10 * max(d.rows * d.inputs for d in anatomy.denses.values())
+    beside = beside if waits and is_large(anatomy) else held
+    copies = GRAM_COPIES_OF_FEW if are_few(tokens, widest) else GRAM_COPIES
     grams = round(8 * copies * widest * widest)
-    grams += sum(4 * w * (tokens if 2 * tokens <= w else 2 * w) for w in widths.values())
-    matrices = max(held + grams, block)
+    moments = sum(4 * w * (tokens if are_few(tokens, w) else 2 * w) for w in widths.values())
+    matrices = max(held + moments, beside + moments + grams, block)
     parts = {
         "program": BASE + overhead,
         "a block and its matrices": matrices,

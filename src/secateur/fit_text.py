@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from secateur.authoring import Author
@@ -38,7 +36,7 @@ class FitText:
         Args:
             tokens: (windows, length).
         """
-        late = math.ceil(self._method.held_out * len(tokens))
+        late = self._method.windows_apart(len(tokens))
         fitted = tokens[: len(tokens) - late]
         parts, anatomy = [fitted], self._stream.anatomy
         if times := self._method.copies(anatomy, *tokens.shape):

@@ -43,6 +43,7 @@ def masked(
         layer.bias = torch.nn.Parameter(torch.empty(len(cut.biases[name])), requires_grad=False)
     weights = mask_block(state, cut, dtype)
     module.load_state_dict({k: v.to(stream.device) for k, v in weights.items()}, assign=True)
+    del weights, state  # the block itself is not needed here any more, and may be large
     try:
         yield
     finally:

@@ -198,11 +198,12 @@ class Run(Prepared):
         copies = self.method.copies(anatomy, spec.samples, spec.length)
         # They are made in as many passes over the windows as there are copies: one over them all.
         extra = bool(copies)
-        tokens = (spec.samples * (1 + copies) + written) * spec.length
+        windows = self.method.windows_seen(spec.samples, copies, written)
+        solving = self.method.solving(anatomy, windows * spec.length)
         return estimate(
             anatomy,
             self.method.signals(anatomy) if self.method.needs == "moments" else set(),
-            windows=spec.samples * (1 + copies) + written,
+            windows=windows,
             length=spec.length,
             hidden=int(config.hidden_size),
             vocabulary=int(config.vocab_size),
@@ -210,8 +211,9 @@ class Run(Prepared):
             gradients=self.method.survey_by == "gradients",
             passes=work.passes + extra,
             heads=work.heads + extra,
-            solving=work.cuts * anatomy.layers * self.method.solving(anatomy, tokens),
+            solving=work.cuts * anatomy.layers * solving,
             whole=bool(written),
+            waits=not self.method.stages(anatomy),
         )
 
     def layout_cost(self, choice: LayerChoice) -> dict[str, float] | None:

@@ -12,6 +12,9 @@ from typing import TextIO
 
 #: Without a terminal, a stage says something at most this often, in seconds.
 PLAIN_INTERVAL = 10.0
+#: Bytes of a tensor that has pages of its own where blocks are large: a new page costs about as
+#: much as a pass over it, which products of matrices of this size do not notice.
+LARGE_TENSOR = 2**22
 
 
 def process_memory() -> int:
@@ -32,6 +35,20 @@ def give_back_memory() -> None:
 
     with suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def map_large_tensors() -> None:
+    """Ask the C library to take memory of large tensors from the system, and to give it back there.
+
+    By itself it learns from the tensors that are freed to put those of up to 32 MiB on its heap,
+    where what is freed stays in holes until :func:`give_back_memory`. It cannot be asked to learn
+    again, so this is for processes that work on large blocks.
+    """
+    import ctypes
+
+    m_mmap_threshold = -3  # of malloc.h
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, LARGE_TENSOR)
 
 
 @dataclass

@@ -26,12 +26,17 @@ def _product(x: torch.Tensor) -> torch.Tensor:
     return product
 
 
+def are_few(tokens: int, width: int) -> bool:
+    """Whether so many tokens of a layer's inputs are kept as they are (:class:`Moments`)."""
+    return 2 * tokens <= width
+
+
 def moments_work(width: int, tokens: int) -> float:
     """Operations for a second moment, its factor and its inverse, as :meth:`Method.solving` counts.
 
     Of few tokens (:class:`Moments`) only their products with each other are factorised.
     """
-    if 2 * tokens <= width:
+    if are_few(tokens, width):
         return 6.0 * width * tokens**2
     return 2.0 * tokens * width**2 + 5.0 * width**3
 
@@ -80,7 +85,7 @@ class Moments:
                 self._second += _product(chunk)
 
     def _few(self, tokens: int) -> bool:
-        return 2 * tokens <= len(self.total)
+        return are_few(tokens, len(self.total))
 
     @property
     def second(self) -> torch.Tensor:

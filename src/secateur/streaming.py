@@ -19,7 +19,8 @@ from secateur.anatomy import Anatomy, describe
 from secateur.checkpoint import Checkpoint
 from secateur.checkpoint.base import first_line
 from secateur.errors import SecateurError, SourceError, is_out_of_memory
-from secateur.progress import give_back_memory
+from secateur.progress import give_back_memory, map_large_tensors
+from secateur.rereading import StoredLayers, is_large
 from secateur.skeleton import bind, build_skeleton, drop_weights, fill_buffers, tie
 
 #: Tokens that pass a block in one call. Bounds the FFN's activations to a few tens of MB.
@@ -102,6 +103,13 @@ class Stream:
         self._calls: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self._per_call: int | None = None
         fill_buffers(self.model, self.device)
+        if self.large:
+            map_large_tensors()
+
+    @property
+    def large(self) -> bool:
+        """See :func:`secateur.rereading.is_large`."""
+        return is_large(self.anatomy)
 
     # ---- the parts ---------------------------------------------------------------------------
 
@@ -151,16 +159,35 @@ class Stream:
     def block(self, index: int) -> Iterator[nn.Module]:
         """The block with its weights, float as ``dtype``, on ``device``; they go at the end."""
         module = self._blocks[index]
-        state = {k: v.to(self.device) for k, v in self.read_block(index, self.dtype).items()}
+        self._fill(index, module)
         # Blocks are mostly read in order: the system may fetch the next one while this one works.
         self.checkpoint.prefetch(self._stored_of_block(index + 1).values())
-        module.load_state_dict(state, strict=True, assign=True)
-        del state
         try:
             yield module
         finally:
             drop_weights(module)
             give_back_memory()
+
+    def _fill(self, index: int, module: nn.Module) -> None:
+        state = {k: v.to(self.device) for k, v in self.read_block(index, self.dtype).items()}
+        module.load_state_dict(state, strict=True, assign=True)
+
+    def layers_of(self, index: int) -> StoredLayers:
+        """Weights of a block's linear layers as it has them, without the block."""
+
+        def read(name: str) -> torch.Tensor:
+            stored = self._names[f"{self._prefix}{index}.{name}.weight"]
+            return self.checkpoint.read(stored, self.dtype).to(self.device)
+
+        return StoredLayers(self.anatomy.denses, read)
+
+    @contextmanager
+    def set_aside(self, index: int, module: nn.Module) -> Iterator[StoredLayers]:
+        """A block at hand lets go of its weights, and has them again, as the source has them."""
+        drop_weights(module)
+        give_back_memory()
+        yield self.layers_of(index)
+        self._fill(index, module)
 
     @contextmanager
     def outside(self, rounded: torch.dtype | None = None, *, head: bool = True) -> Iterator[None]:

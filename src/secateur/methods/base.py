@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,7 +51,8 @@ class Block:
     Attributes:
         source: its number in the original model.
         anatomy: of the model.
-        weights: weight of each linear layer by path, (p, q), float32.
+        weights: weight of each linear layer by path, (p, q), float32; of a large block read from
+            the source each time one is asked for (:mod:`secateur.rereading`).
         moments: statistics of each signal that the method asked for.
         generator: for methods that draw; seeded from the recipe's seed and the block's number.
         held_out: the same of the windows that a method keeps apart (:attr:`Method.held_out`); they
@@ -66,7 +68,7 @@ class Block:
 
     source: int
     anatomy: Anatomy
-    weights: dict[str, torch.Tensor]
+    weights: Mapping[str, torch.Tensor]
     moments: dict[str, Moments]
     generator: torch.Generator
     held_out: dict[str, Moments] = field(default_factory=dict)
@@ -162,6 +164,14 @@ class Method(AnyMethod):
     def written(self, anatomy: Anatomy, windows: int, length: int) -> int:
         """Windows that the model writes itself, from which statistics are taken as well."""
         return 0
+
+    def windows_seen(self, windows: int, copies: int, written: int) -> int:
+        """Windows that statistics are taken from: those that are kept apart are not copied."""
+        return windows + copies * (windows - self.windows_apart(windows)) + written
+
+    def windows_apart(self, windows: int) -> int:
+        """Windows at the end that are kept apart (:attr:`held_out`)."""
+        return math.ceil(self.held_out * windows)
 
     def signals(self, anatomy: Anatomy) -> set[str]:
         """Signals of which statistics are needed; none need no run of the model."""

@@ -20,6 +20,7 @@ from secateur.plans import BlockCut
 from secateur.solvers.brain_surgeon import GreedyOrder
 from secateur.solvers.inverses import inverse_from
 from secateur.solvers.refit import PULLS, chosen_pull, fitted_weights, relative_error
+from secateur.statistics import are_few
 
 #: Tokens that the model writes itself where nothing is said; more were no better (docs/obs.md).
 WRITTEN_TOKENS = 8_192
@@ -30,6 +31,9 @@ ENOUGH_TOKENS = 12_000
 MOST_COPIES = 8
 #: Most copies that auto makes beside windows that the model writes.
 COPIES_BESIDE = 4
+#: Inputs of a layer above which auto makes no more copies than leave its tokens few
+#: (:attr:`Moments.rows`): inverses of the second moment would take ten times what its weight does.
+WIDE = 4096
 
 
 class ObsOptions(StructuredOptions):
@@ -51,7 +55,7 @@ class ObsOptions(StructuredOptions):
         "auto",
         description="copies of the calibration windows with tokens that the model drew anew, to "
         "fit to as well; auto: as many as make 12,000 tokens of it, at most 8, or 4 beside written "
-        "windows",
+        "windows; where a layer has more than 4,096 inputs, no more than half as many tokens",
     )
     written: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
@@ -92,10 +96,19 @@ class Obs(Structured):
     def copies(self, anatomy: Anatomy, windows: int, length: int) -> int:
         if not self.options.refit:
             return 0
-        if self.options.copies == "auto":
-            most = COPIES_BESIDE if self.written(anatomy, windows, length) else MOST_COPIES
-            return min(most, self._lacking(windows, length))
-        return int(self.options.copies)
+        if self.options.copies != "auto":
+            return int(self.options.copies)
+        written = self.written(anatomy, windows, length)
+        wanted = min(COPIES_BESIDE if written else MOST_COPIES, self._lacking(windows, length))
+        signals = self.signals(anatomy)
+        widest = max((d.inputs for d in anatomy.denses.values() if d.reads in signals), default=0)
+
+        def few(copies: int) -> bool:
+            return are_few(self.windows_seen(windows, copies, written) * length, widest)
+
+        if widest <= WIDE or not few(0):
+            return wanted
+        return max(copies for copies in range(wanted + 1) if few(copies))
 
     def written(self, anatomy: Anatomy, windows: int, length: int) -> int:
         if not self.options.refit:
@@ -149,26 +162,26 @@ class Fit:
 
     def __init__(self, block: Block, name: str, options: ObsOptions) -> None:
         reads = block.anatomy.denses[name].reads
-        self._weight = block.weights[name]
+        self._weights, self._name = block.weights, name
         self._all = block.moments[reads]
         self._apart = block.held_out[reads]
         self._options = options
 
     def finish(self, cut: BlockCut, name: str) -> None:
         """New weights of the kept inputs, or the original ones where no fit is better."""
-        kept, weight, seen = cut.inputs[name], self._weight, self._all
+        kept, weight, seen = cut.inputs[name], self._weights[self._name], self._all
         pull: float | None = None
         if self._options.refit:
-            pull = self._options.pull if self._options.pull != "auto" else self._best(kept)
+            pull = self._options.pull if self._options.pull != "auto" else self._best(weight, kept)
         new = weight[:, kept] if pull is None else fitted_weights(weight, seen, kept, pull)
         cut.notes["error"][name] = short(relative_error(weight, seen, kept, new))
         if pull is not None:
             cut.weights = {**cut.weights, name: new.to(torch.float32)}
             cut.notes.setdefault("pull", {})[name] = pull
 
-    def _best(self, kept: torch.Tensor) -> float | None:
+    def _best(self, weight: torch.Tensor, kept: torch.Tensor) -> float | None:
         rest = self._all.less(self._apart)
-        return chosen_pull(self._weight, rest, self._apart, kept)
+        return chosen_pull(weight, rest, self._apart, kept)
 
 
 class RefitRemoval:

@@ -45,10 +45,10 @@ class GreedyOrder:
     ) -> None:
         device = weight.device
         self._unit, self._inverse = unit, inverse
-        # Transposed: what is asked of it, step after step, is the norm of each input's weights.
-        self._left = weight.T.to(torch.float64).contiguous()
         self._whole = inverse.energy(weight)
         self._blocks = inverse.blocks(unit)
+        # Transposed: what is asked of it, step after step, is the norm of each input's weights.
+        self._left = weight.T.to(torch.float64).contiguous()
         pieces = len(self._blocks)
         self._together = max(1, pieces // steps)
         self._alive = torch.ones(pieces, dtype=torch.bool, device=device)

@@ -66,18 +66,21 @@ class WholeInverse(Inverse):
 class InverseOfFew(Inverse):
     """The same from the tokens themselves.
 
+    Of matrices as large as the tokens in float64 only A stays.
+
     Args:
-        rows: X, (T, q), with T below q.
+        moments: of fewer tokens than inputs, which they hold: X, (T, q), with T below q.
         damping: s as a share of mean diag H.
 
     Raises:
         ArithmeticError: a token is not finite, or no damping helps.
     """
 
-    def __init__(self, rows: torch.Tensor, damping: float) -> None:
-        self._rows = rows.double()
+    def __init__(self, moments: Moments, damping: float) -> None:
+        self._moments = moments
+        rows = self._stored().double()
         tokens, width = rows.shape
-        inner = self._rows @ self._rows.T
+        inner = rows @ rows.T
         if not bool(torch.isfinite(inner).all()):
             raise ArithmeticError("the tokens are not finite")
         mean = float(inner.trace()) / (tokens * width)
@@ -91,7 +94,15 @@ class InverseOfFew(Inverse):
                 break
         else:
             raise ArithmeticError("the tokens have no Cholesky factor under any damping")
-        self._half = torch.linalg.solve_triangular(matrix, self._rows, upper=False)
+        del rows, inner
+        # By columns, as LAPACK wants it, so that A takes the place of X.
+        self._half = matrix.new_empty(width, tokens).T.copy_(self._stored())
+        torch.linalg.solve_triangular(matrix, self._half, upper=False, out=self._half)
+
+    def _stored(self) -> torch.Tensor:
+        rows = self._moments.rows
+        assert rows is not None
+        return rows
 
     def columns(self, inputs: torch.Tensor) -> torch.Tensor:
         out = self._half.T @ self._half[:, inputs]
@@ -100,16 +111,19 @@ class InverseOfFew(Inverse):
         return out.div_(self._damping)
 
     def blocks(self, unit: int) -> torch.Tensor:
-        half = self._half.reshape(len(self._half), -1, unit).permute(1, 2, 0)  # (pieces, unit, T)
-        out = (half @ half.mT).neg_()
+        parts = []
+        for part in self._half.split(max(1, PANEL // unit) * unit, dim=1):
+            half = part.reshape(len(part), -1, unit).permute(1, 2, 0)  # (pieces, unit, T)
+            parts.append(half @ half.mT)
+        out = torch.cat(parts).neg_()
         out.diagonal(dim1=1, dim2=2).add_(1)
         return out.div_(self._damping)
 
     def energy(self, weight: torch.Tensor) -> float:
-        out = 0.0
+        out, rows = 0.0, self._stored().double()
         for part in weight.split(PANEL):
             own = part.double()
-            put_out = (self._rows @ own.T).square().sum() / len(self._rows)
+            put_out = (rows @ own.T).square().sum() / len(rows)
             out += float(put_out + self._damping * own.square().sum())
         return out
 
@@ -119,4 +133,5 @@ def inverse_from(moments: Moments, damping: float) -> Inverse:
     rows = moments.rows
     if rows is None or not len(rows):
         return WholeInverse(moments.covariance, damping)
-    return InverseOfFew(rows, damping)
+    del rows  # which may be a copy
+    return InverseOfFew(moments, damping)

@@ -47,7 +47,9 @@ def fitted_weights(
     rows = moments.rows
     if rows is None:
         return refit(weight, moments.covariance, kept, pull)
-    return OfFew(weight, rows, kept).fit(pull)
+    fit = OfFew(weight, rows, kept)
+    del rows  # which may be a copy
+    return fit.fit(pull)
 
 
 def relative_error(
@@ -83,6 +85,7 @@ def chosen_pull(
     if rows is None or others is None:
         return best_pull(weight, fitted.covariance, held_out.covariance, kept, pulls)
     here = OfFew(weight, rows, kept)
+    del rows  # which may be a copy
     there = OfFew(weight, others, kept).lost
     best, least = None, float(there.square().sum())
     for pull in pulls:
@@ -131,9 +134,11 @@ class OfFew:
         first = tokens * (float(pull * mean) if bool(mean > 0) else 1.0)
 
         def solved(step: float) -> torch.Tensor | None:
-            matrix = self._inner.clone()
+            # By columns, as LAPACK wants it, so that the factor takes the place of the matrix.
+            matrix = torch.empty_like(self._inner).mT.copy_(self._inner)
             matrix.diagonal().add_(first * step)
-            factor, info = torch.linalg.cholesky_ex(matrix)
+            info = torch.empty((), dtype=torch.int32, device=matrix.device)
+            factor, info = torch.linalg.cholesky_ex(matrix, out=(matrix, info))
             return None if int(info) else torch.cholesky_solve(self.lost.T, factor).T
 
         return _with_a_pull(pull, solved)
