@@ -2,7 +2,8 @@
 
 What is known of it: two scores of each coupled structure, fused under homoscedastic uncertainty,
 and a search over all structures at once that removes unstable ones. The indicator of instability
-and how it meets the importance are ours. ``docs/saap.md`` says which is which.
+and how it meets the importance are ours. The defaults are what measures best, not what is nearest
+to the abstract: that is ``recipes/saap-abstract.yaml``. ``docs/saap.md`` says which is which.
 """
 
 from __future__ import annotations
