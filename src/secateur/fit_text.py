@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 
@@ -28,7 +29,7 @@ class FitText:
 
     def expect(self, tokens: torch.Tensor) -> None:
         """All windows that will be asked for, where fewer are asked for first."""
-        self._resampler.expect(tokens)
+        self._resampler.expect(tokens[: len(tokens) - self._late(tokens)])
 
     def windows(self, tokens: torch.Tensor) -> tuple[torch.Tensor, int]:
         """What statistics are taken from, and how many of the last windows are also kept apart.
@@ -38,12 +39,20 @@ class FitText:
         Args:
             tokens: (windows, length).
         """
-        late = math.ceil(self._method.held_out * len(tokens))
+        late = self._late(tokens)
         fitted = tokens[: len(tokens) - late]
-        parts, anatomy = [fitted], self._stream.anatomy
-        if times := self._method.copies(anatomy, *tokens.shape):
-            copies = self._resampler.copies(tokens, times)
-            parts.append(copies[:, : len(fitted)].flatten(0, 1))
-        if own := self._method.written(anatomy, *tokens.shape):
-            parts.append(self._author.windows(own, tokens.shape[1]))
+        anatomy, length = self._stream.anatomy, tokens.shape[1]
+        times = self._method.copies(anatomy, *tokens.shape)
+        own = self._method.written(anatomy, *tokens.shape)
+        there = self._author.has(own, length) and (not times or self._resampler.has(fitted, times))
+        # Writing takes the model as a whole; while it is there, copies need not read it again.
+        with self._stream.whole() if own and not there else nullcontext():
+            parts = [fitted]
+            if times:
+                parts.append(self._resampler.copies(fitted, times).flatten(0, 1))
+            if own:
+                parts.append(self._author.windows(own, length))
         return torch.cat([*parts, tokens[len(fitted) :]]), late
+
+    def _late(self, tokens: torch.Tensor) -> int:
+        return math.ceil(self._method.held_out * len(tokens))

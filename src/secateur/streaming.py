@@ -9,7 +9,7 @@ every block separately, since a model may mix kinds of attention.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -101,6 +101,7 @@ class Stream:
         self._head = next((f"{n}." for n, m in self.model.named_modules() if m is last), "none.")
         self._calls: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self._per_call: int | None = None
+        self._whole = False
         fill_buffers(self.model, self.device)
 
     # ---- the parts ---------------------------------------------------------------------------
@@ -151,6 +152,9 @@ class Stream:
     def block(self, index: int) -> Iterator[nn.Module]:
         """The block with its weights, float as ``dtype``, on ``device``; they go at the end."""
         module = self._blocks[index]
+        if self._whole:
+            yield module
+            return
         state = {k: v.to(self.device) for k, v in self.read_block(index, self.dtype).items()}
         # Blocks are mostly read in order: the system may fetch the next one while this one works.
         self.checkpoint.prefetch(self._stored_of_block(index + 1).values())
@@ -169,6 +173,9 @@ class Stream:
         Args:
             head: see :meth:`read_outside`.
         """
+        if self._whole and rounded is None:
+            yield
+            return
         read = self.read_outside(rounded, head=head)
         state = {}
         for name in list(read):
@@ -185,6 +192,26 @@ class Stream:
                 if not name.startswith(self._prefix):
                     drop_weights(child, recurse=False)
             give_back_memory()
+
+    @contextmanager
+    def whole(self) -> Iterator[Any]:
+        """All parts in memory at once; meanwhile none is read again.
+
+        For what takes the model as it is many times. Parts may be used, not changed; yields the
+        transformers model.
+        """
+        if self._whole:
+            yield self.model
+            return
+        with ExitStack() as parts:
+            parts.enter_context(self.outside())
+            for index in range(len(self._blocks)):
+                parts.enter_context(self.block(index))
+            self._whole = True
+            try:
+                yield self.model
+            finally:
+                self._whole = False
 
     # ---- running -----------------------------------------------------------------------------
 
