@@ -41,6 +41,10 @@ class Author:
         return len(self._written.get(length, ())) >= count
 
     def _write(self, count: int, length: int) -> torch.Tensor:
+        from secateur.growing_cache import growing_cache
+
+        # A mixer without attention keeps states, not keys and values.
+        heads = any(coupling.keys for coupling in self._stream.anatomy.family.couplings)
         pieces = -(-count // WINDOWS_AT_ONCE)
         self._progress.stage(f"writing {count} windows of calibration text", pieces)
         made = []
@@ -60,6 +64,7 @@ class Author:
                     repetition_penalty=1.0,
                     pad_token_id=0,
                     logits_processor=[draws],
+                    **({"past_key_values": growing_cache(model.config, length)} if heads else {}),
                 )
                 made.append(out.cpu())
                 self._progress.step()

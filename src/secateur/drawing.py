@@ -13,15 +13,16 @@ def drawn(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """A token for each row, where its cumulative distribution passes a number.
 
     Args:
-        logits: (rows, vocabulary), float32; minus infinity is never drawn.
+        logits: (rows, vocabulary), float32, which is written over; minus infinity is never drawn.
         uniform: of [0, 1), (rows,), on the CPU.
 
     Returns:
         (rows,), int64, on the device of the logits.
     """
+    logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
     # Sums run in float64 on the CPU and are rounded to float32: odds below 1e-7 are drawn roughly
     # as often as they say.
-    mass = logits.softmax(dim=-1).cumsum_(dim=-1)
+    mass = logits.cumsum_(dim=-1)
     whole = mass[:, -1:].contiguous()
     wanted = uniform.to(mass)[:, None] * whole
     # Rounding may reach the whole, behind which there is no token.
