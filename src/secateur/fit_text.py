@@ -4,14 +4,45 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 
+from secateur.anatomy import Anatomy
 from secateur.authoring import Author
 from secateur.methods import Method
 from secateur.progress import Progress
 from secateur.resampling import Resampler
 from secateur.streaming import Stream
+
+
+@dataclass(frozen=True)
+class TextWork:
+    """What the windows of a run are, and what it takes to make them, for the estimate.
+
+    Attributes:
+        windows: from which statistics are taken.
+        passes: over all blocks, of so many windows each.
+        heads: the same through the head.
+    """
+
+    windows: int
+    passes: float
+    heads: float
+
+
+def text_work(method: Method, anatomy: Anatomy, samples: int, length: int) -> TextWork:
+    """What :class:`FitText` does with so many calibration windows."""
+    written = method.written(anatomy, samples, length)
+    copied = (samples - late_windows(method, samples)) * method.copies(anatomy, samples, length)
+    windows = samples + copied + written
+    heads = copied * method.resampled + written
+    return TextWork(windows, (copied + written) / windows, heads / windows)
+
+
+def late_windows(method: Method, windows: int) -> int:
+    """How many of the last windows fits are judged by."""
+    return math.ceil(method.held_out * windows)
 
 
 class FitText:
@@ -29,7 +60,7 @@ class FitText:
 
     def expect(self, tokens: torch.Tensor) -> None:
         """All windows that will be asked for, where fewer are asked for first."""
-        self._resampler.expect(tokens[: len(tokens) - self._late(tokens)])
+        self._resampler.expect(tokens[: len(tokens) - late_windows(self._method, len(tokens))])
 
     def windows(self, tokens: torch.Tensor) -> tuple[torch.Tensor, int]:
         """What statistics are taken from, and how many of the last windows are also kept apart.
@@ -39,7 +70,7 @@ class FitText:
         Args:
             tokens: (windows, length).
         """
-        late = self._late(tokens)
+        late = late_windows(self._method, len(tokens))
         fitted = tokens[: len(tokens) - late]
         anatomy, length = self._stream.anatomy, tokens.shape[1]
         times = self._method.copies(anatomy, *tokens.shape)
@@ -53,6 +84,3 @@ class FitText:
             if own:
                 parts.append(self._author.windows(own, length))
         return torch.cat([*parts, tokens[len(fitted) :]]), late
-
-    def _late(self, tokens: torch.Tensor) -> int:
-        return math.ceil(self._method.held_out * len(tokens))

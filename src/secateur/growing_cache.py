@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 
-class _Layer(DynamicLayer):
+class _Layer(DynamicLayer):  # type: ignore[misc] # transformers is not typed
     """One layer's keys and values, each (windows, heads, length, size), a part of their room.
 
     Args:

@@ -78,6 +78,20 @@ def kept_bytes(method: Method, anatomy: Anatomy, tokens: int) -> int:
     return found if found <= MOST_KEPT else 0
 
 
+def second_pass(method: Method, anatomy: Anatomy, tokens: int) -> float:
+    """The pass behind the cut as a part of a whole pass of the block, for the estimate of time.
+
+    It is whole wherever a KV group has gone, which nobody knows beforehand.
+    """
+    if method.identical_inputs or not method.signals(anatomy):
+        return 0.0
+    if not kept_bytes(method, anatomy, tokens):
+        return 1.0
+    consumer = anatomy.denses[anatomy.coupling("neurons").consumer]
+    alone = method.signals(anatomy) == {consumer.reads}
+    return consumer.parameters / anatomy.block_parameters if alone else 1.0
+
+
 class Passed:
     """What passed one block in front of its cut, call by call.
 
