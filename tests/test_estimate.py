@@ -13,15 +13,20 @@ from secateur import rereading
 from secateur.checkpoint import open_checkpoint
 from secateur.engine import Engine
 from secateur.estimate import Work, estimate, work_of
+from secateur.fit_text import TextWork, text_work
 from secateur.forms import Form
 from secateur.methods import Method, get_method
 from secateur.methods.chain import Chain
 from secateur.progress import Progress
+from secateur.replaying import MOST_KEPT, kept_bytes, second_pass
 from secateur.sparsity import parse_sparsity
 from secateur.statistics import moments_work
 from secateur.streaming import Stream
 
 Folder = Callable[[str], Path]
+#: Weights of the down projection, as a part of those of a block: attention with two KV groups for
+#: four heads, three layers of the FFN, two norms.
+DOWN = 32 * 48 / (32 * (32 + 16 + 16 + 32) + 3 * 32 * 48 + 2 * 32)
 
 
 def method(name: str, sparsity: str | None = None, **options: Any) -> Method:
@@ -38,6 +43,8 @@ def method(name: str, sparsity: str | None = None, **options: Any) -> Method:
         ("comp", None, {"layers": 0, "inputs": "sequential"}, Work(3, 0, 1)),
         ("comp", None, {"layers": "auto"}, Work(6, 2, 3)),  # two trials: one block, and none
         ("obs", None, {"layers": 0}, Work(3, 0, 1)),
+        # Of the second pass the down projection alone.
+        ("obs", None, {"layers": 0, "groups": "keep"}, Work(2 + DOWN, 0, 1)),
         ("flap", None, {}, Work(2, 0, 2)),  # looks ahead
         ("random", None, {}, Work(0, 0, 1)),
         ("llm-pruner", None, {}, Work(4, 3, 1)),
@@ -61,7 +68,7 @@ def test_passes_of_a_run(
         dtype=torch.float32,
         progress=Progress(),
     )
-    assert work_of(asked, stream.anatomy, engine.layer_counts()) == wanted
+    assert work_of(asked, stream.anatomy, engine.layer_counts(), 1000) == wanted
 
 
 def test_operations_of_cuts_are_counted_layer_by_layer(model_folder: Folder) -> None:
@@ -69,7 +76,7 @@ def test_operations_of_cuts_are_counted_layer_by_layer(model_folder: Folder) -> 
     tokens = 1000
     shapes = [(d.rows, d.inputs) for d in anatomy.denses.values()]
     signals = {d.reads: d.inputs for d in anatomy.denses.values()}
-    grams = sum(2 * tokens * q**2 + 5 * q**3 for q in signals.values())
+    grams = sum(2 * tokens * q**2 + 3 * q**3 for q in signals.values())
 
     assert method("wanda", "50%").solving(anatomy, tokens) == 0
     assert method("magnitude", "50%").solving(anatomy, tokens) == 0
@@ -91,7 +98,8 @@ def test_operations_of_cuts_are_counted_layer_by_layer(model_folder: Folder) -> 
 
 
 def test_few_tokens_take_less_than_a_matrix_of_all_inputs() -> None:
-    assert moments_work(1000, 501) == 2 * 501 * 1000**2 + 5 * 1000**3
+    assert moments_work(1000, 501) == 501 * 1000 * (1000 + 256) + 3 * 1000**3
+    assert moments_work(100, 501) == 2 * 501 * 100**2 + 3 * 100**3
     assert moments_work(1000, 500) == 6 * 1000 * 500**2
     assert moments_work(1000, 100) < moments_work(1000, 400)
 
@@ -135,3 +143,26 @@ def test_a_large_block_waits_while_its_layers_are_solved(
         10 * largest + 8 * (neurons + heads) + 12 * neurons**2,
         10 * parameters,
     )
+
+
+def test_what_making_text_takes(model_folder: Folder) -> None:
+    """Ten windows, three of them for judging: copies of seven, a fifth of each drawn anew."""
+    anatomy = Stream(open_checkpoint(model_folder("llama-gqa-tied"))).anatomy
+    found = text_work(method("obs", copies=4, written=64), anatomy, 10, 128)
+    assert found.windows == 10 + 4 * 7 + 64
+    assert found.passes == pytest.approx((28 + 64) / 102)
+    assert found.heads == pytest.approx((0.2 * 28 + 64) / 102)
+    assert text_work(method("comp"), anatomy, 10, 128) == TextWork(10, 0, 0)
+
+
+def test_a_second_pass_is_whole_where_too_much_would_be_kept(model_folder: Folder) -> None:
+    anatomy = Stream(open_checkpoint(model_folder("llama-gqa-tied"))).anatomy
+    asked = method("obs", layers=0, groups="keep")
+    most = MOST_KEPT // (4 * (48 + 32))  # neurons, and what attention puts out
+    assert kept_bytes(asked, anatomy, most) == 4 * most * (48 + 32)
+    assert kept_bytes(asked, anatomy, most + 1) == 0
+    assert second_pass(asked, anatomy, most) == pytest.approx(DOWN)
+    assert second_pass(asked, anatomy, most + 1) == 1
+    assert kept_bytes(method("comp", groups="keep"), anatomy, 10) == 0  # has no second pass
+    assert second_pass(method("comp", groups="keep"), anatomy, 10) == 0
+    assert kept_bytes(method("wanda", "50%", scope="sublayer"), anatomy, 10) == 0

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from secateur.solvers import gram as module
 from secateur.solvers.gram import (
+    INVERSE_PANEL,
     cholesky,
     damped,
     frobenius_gradient,
@@ -157,7 +158,7 @@ def test_cholesky_of_a_matrix_that_is_far_from_positive_is_that_of_the_nearest_o
     assert relative(factor @ factor.T, matrix) < 1e-9
 
 
-@pytest.mark.parametrize("size", [1, 2, 17])
+@pytest.mark.parametrize("size", [1, 2, 17, INVERSE_PANEL, 2 * INVERSE_PANEL + 3])
 def test_inverse_of(size: int) -> None:
     matrix, factor, _ = cholesky(positive(size), 1e-3)
     torch.testing.assert_close(inverse_of(factor), torch.linalg.inv(matrix))

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 from secateur.anatomy import Anatomy
 from secateur.authoring import Author
 from secateur.checkpoint import open_checkpoint
+from secateur.drawing import drawn
 from secateur.engine import Engine
+from secateur.fit_text import FitText
 from secateur.forms import Form
 from secateur.methods import Method, get_method
 from secateur.progress import Progress
@@ -187,6 +189,53 @@ def test_written_windows_follow_the_models_own_odds(model_folder: Folder) -> Non
     uniform = float(log[:, special[-1] + 1 :].mean())
     assert got == pytest.approx(entropy, abs=0.1)
     assert abs(got - uniform) > 0.3
+
+
+@pytest.mark.parametrize(
+    "name", ["llama-gqa-tied", "mistral", "qwen3", "opt", "mamba", "mamba2", "mamba2-groups"]
+)
+def test_written_windows_are_those_of_the_whole_model_token_by_token(
+    name: str, model_folder: Folder
+) -> None:
+    """Against a model without a cache that draws from the same numbers."""
+    folder, length = model_folder(name), 20
+    made = author(folder).windows(64, length)
+    generator = torch.Generator().manual_seed(0)
+    first = author(folder)._first_tokens(64, generator)
+    assert torch.equal(made[:, :1], first)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(input_ids=made).logits
+    logits[:, :, model.generation_config.eos_token_id] = -torch.inf
+    wanted = [
+        drawn(logits[:, place].clone(), torch.rand(64, generator=generator))
+        for place in range(length - 1)
+    ]
+    # Sums in another order may let one of 1,216 draws fall on the next token.
+    assert int((torch.stack(wanted, dim=1) != made[:, 1:]).sum()) <= 2
+
+
+def test_the_model_is_read_once_for_all_that_it_writes(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Stream(open_checkpoint(model_folder("llama-gqa-tied")))
+    method = get_method("obs", {"copies": 3, "written": 5}, Form("coupled"))
+    assert isinstance(method, Method)
+    text = FitText(stream, method, seed=0, progress=Progress())
+    read: list[int] = []
+    read_block = Stream.read_block
+    monkeypatch.setattr(
+        Stream, "read_block", lambda self, i, *rest: read.append(i) or read_block(self, i, *rest)
+    )
+    tokens = random_tokens(10, 12)
+    text.expect(tokens)
+    windows, _ = text.windows(tokens[:7])
+    assert read == [0, 1, 2, 3]
+    assert len(windows) == 7 + 3 * 4 + 5  # three of the seven judge
+    again, late = text.windows(tokens)
+    assert read == [0, 1, 2, 3]
+    assert (len(again), late) == (10 + 3 * 7 + 5, 3)
+    assert torch.equal(again[7:28].reshape(3, 7, 12)[:, :4], windows[4:16].reshape(3, 4, 12))
 
 
 def test_statistics_take_written_windows_too(model_folder: Folder) -> None:

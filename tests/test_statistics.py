@@ -14,6 +14,7 @@ from secateur import statistics
 from secateur.anatomy import describe
 from secateur.solvers.gram import cholesky
 from secateur.statistics import (
+    PANEL,
     TOKENS_PER_CHUNK,
     Channels,
     Moments,
@@ -53,6 +54,15 @@ def test_moments_of_batches(shapes: list[tuple[int, int]], width: int, seed: int
     for batch in batches:
         moments.add(batch)
     check(moments, torch.cat([b.reshape(-1, width) for b in batches]))
+
+
+@pytest.mark.parametrize("width", [PANEL, PANEL + 1, 2 * PANEL + 30])
+def test_more_inputs_than_a_panel(width: int) -> None:
+    x = torch.randn(2 * width, width, generator=torch.Generator().manual_seed(0)) + 1
+    moments = Moments.empty(width, CPU)
+    moments.add(x)
+    check(moments, x)
+    assert torch.equal(moments.second, moments.second.T)
 
 
 @pytest.mark.parametrize("extra", [0, 1, TOKENS_PER_CHUNK + 7])

@@ -250,6 +250,30 @@ def test_weights_go_when_the_work_inside_fails(model_folder: Folder) -> None:
     assert stream.model.get_submodule("model.layers") is stream._blocks
 
 
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "opt-project", "mamba"])
+def test_a_model_that_is_in_memory_is_not_read_again(
+    name: str, model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, tokens = Stream(open_checkpoint(model_folder(name))), random_tokens(3, 12)
+    wanted = stream.losses(stream.forward(tokens), tokens)
+
+    def read(*_: object) -> None:
+        raise AssertionError("a weight was read")
+
+    with stream.whole() as model:
+        monkeypatch.setattr(stream.checkpoint, "read", read)
+        with stream.whole():  # inside itself it changes nothing
+            assert not everything_on_meta(stream)
+        assert torch.equal(stream.losses(stream.forward(tokens), tokens), wanted)
+        with torch.no_grad():
+            logits = model(input_ids=tokens).logits
+        assert torch.isfinite(logits).all()
+        assert len(blocks_with_weights(stream)) == stream.anatomy.layers
+    assert everything_on_meta(stream)
+    monkeypatch.undo()
+    assert torch.equal(stream.losses(stream.forward(tokens), tokens), wanted)
+
+
 # ---- removed blocks --------------------------------------------------------------------------
 
 

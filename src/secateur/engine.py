@@ -23,6 +23,7 @@ from secateur.methods import Block, Method, Share, Shares
 from secateur.numerics import cut_by, noting_steps
 from secateur.plans import BlockCut, Plan, Tensors, block_removed, check_cut
 from secateur.progress import Progress
+from secateur.replaying import Passed
 from secateur.statistics import Channels, Moments, gather
 from secateur.streaming import Stream
 from secateur.surveys import by_gradients, by_statistics
@@ -222,8 +223,7 @@ class Engine:
         missed = 0  # parameters that blocks so far should have lost and have not
         for layer in layers:
             quota = shares[layer].parameters
-            if quota and self.method.carries:
-                quota += missed
+            quota += missed if quota and self.method.carries else 0
             if layer > last_cut and probe is None:
                 plan.blocks.append(done[layer])
                 self.progress.step()
@@ -231,18 +231,21 @@ class Engine:
             with self.stream.block(layer) as module:
                 if layer > last_read:
                     hidden = None
-                if layer in done:
-                    cut, out = done[layer], self._pass_on(layer, module, hidden)
-                else:
-                    share = replace(shares[layer], parameters=quota)
-                    cut, out = self._cut_block(layer, module, hidden, share, late)
+                again = hidden is not None and not self.method.identical_inputs
+                tokens_here = 0 if hidden is None else hidden.shape[:2].numel()
+                passed = Passed(self.method, plan.anatomy, tokens_here)
+                with passed.noted(module):
+                    if layer in done:
+                        cut, out = done[layer], self._pass_on(layer, module, hidden)
+                    else:
+                        share = replace(shares[layer], parameters=quota)
+                        cut, out = self._cut_block(layer, module, hidden, share, late)
                 plan.blocks.append(cut)
                 if shares[layer].parameters:
                     missed = quota - block_removed(plan.anatomy, cut)
                 state = state_of(module)
                 if sink is not None and layer not in done:
                     sink(cut, state)
-                again = hidden is not None and not self.method.identical_inputs
                 if probed is not None or again:
                     with masked(self.stream, module, state, cut, self.dtype):
                         state = {}
@@ -251,7 +254,8 @@ class Engine:
                             # Of a trial nobody asks for new weights, which add up to a model.
                             cut.weights = cut.weights if sink is not None else {}
                         if again:
-                            out = self._pass_on(layer, module, hidden)
+                            with passed.replayed(module, cut):
+                                out = self._pass_on(layer, module, hidden)
                 hidden = out
                 del state  # else it stays until the next block's takes its place
             self.progress.step(f"block {layer}")

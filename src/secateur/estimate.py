@@ -15,6 +15,7 @@ from secateur.errors import MemoryLimitError, RecipeError
 from secateur.layers import search_work
 from secateur.methods import Method
 from secateur.recipe import BYTE_UNITS, parse_amount
+from secateur.replaying import second_pass
 from secateur.rereading import is_large
 from secateur.statistics import are_few
 from secateur.streaming import TOKENS_PER_CALL, TOKENS_PER_HEAD_CALL
@@ -76,19 +77,19 @@ class Work:
     cuts: int
 
 
-def work_of(method: Method, anatomy: Anatomy, counts: Sequence[int]) -> Work:
+def work_of(method: Method, anatomy: Anatomy, counts: Sequence[int], tokens: int) -> Work:
     """What a run takes, about.
 
     Args:
         counts: numbers of whole blocks that may be removed (:meth:`Engine.layer_counts`).
+        tokens: that statistics are taken from.
     """
     if method.ranking == "loss":
         runs, heads = search_work(method, anatomy.layers, counts[0])
         return Work(runs / anatomy.layers, heads, 0)
     reads = bool(method.signals(anatomy))
     # A look for each group of layers, and another pass of what is left of the block.
-    cut = reads * (max(1, len(method.stages(anatomy))) + 1)
-    cut -= reads * method.identical_inputs
+    cut = reads * max(1, len(method.stages(anatomy))) + second_pass(method, anatomy, tokens)
     if method.ranking is None and method.survey_by == "gradients":
         return Work(cut + 4, 3, 1)  # forward twice; backward is worth two more
     if method.ranking is None:
@@ -106,8 +107,9 @@ def estimate(
     hidden: int,
     vocabulary: int,
     passes: float,
-    heads: int = 0,
+    heads: float = 0,
     solving: float = 0,
+    kept: int = 0,
     overhead: int = 0,
     whole: bool = False,
     gradients: bool = False,
@@ -121,6 +123,7 @@ def estimate(
         passes: forward passes over all blocks, the layer stage and trials included.
         heads: passes through the head besides, for losses.
         solving: operations with which all blocks are cut (:meth:`Method.solving`).
+        kept: bytes of activations that a block keeps for a second pass.
         overhead: bytes that the open checkpoint takes.
         whole: whether the model writes windows itself, and is in memory as a whole for that.
         gradients: whether the loss is passed back through the model; its work is in ``passes``.
@@ -151,7 +154,9 @@ def estimate(
         "a block and its matrices": matrices,
         # The two are never needed together, but not all freed memory is given back.
         "embeddings and logits": max(outside - matrices, min(outside, NOT_GIVEN_BACK)),
-        "activations": 4 * batch * (3 * ffn + 4 * states + 6 * hidden) + 4 * tokens * hidden * 3,
+        "activations": 4 * batch * (3 * ffn + 4 * states + 6 * hidden)
+        + 4 * tokens * hidden * 3
+        + kept,
         "block boundaries": min(4 * tokens * hidden * (anatomy.layers + 1), IN_MEMORY),
     }
     if whole:

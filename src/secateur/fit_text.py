@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import dataclass
+
 import torch
 
+from secateur.anatomy import Anatomy
 from secateur.authoring import Author
 from secateur.methods import Method
 from secateur.progress import Progress
 from secateur.resampling import Resampler
 from secateur.streaming import Stream
+
+
+@dataclass(frozen=True)
+class TextWork:
+    """What the windows of a run are, and what it takes to make them, for the estimate.
+
+    Attributes:
+        windows: from which statistics are taken.
+        passes: over all blocks, of so many windows each.
+        heads: the same through the head.
+    """
+
+    windows: int
+    passes: float
+    heads: float
+
+
+def text_work(method: Method, anatomy: Anatomy, samples: int, length: int) -> TextWork:
+    """What :class:`FitText` does with so many calibration windows."""
+    written = method.written(anatomy, samples, length)
+    copies = method.copies(anatomy, samples, length)
+    windows = method.windows_seen(samples, copies, written)
+    copied = windows - samples - written
+    heads = copied * method.resampled + written
+    return TextWork(windows, (copied + written) / windows, heads / windows)
 
 
 class FitText:
@@ -26,7 +55,7 @@ class FitText:
 
     def expect(self, tokens: torch.Tensor) -> None:
         """All windows that will be asked for, where fewer are asked for first."""
-        self._resampler.expect(tokens)
+        self._resampler.expect(tokens[: len(tokens) - self._method.windows_apart(len(tokens))])
 
     def windows(self, tokens: torch.Tensor) -> tuple[torch.Tensor, int]:
         """What statistics are taken from, and how many of the last windows are also kept apart.
@@ -38,10 +67,15 @@ class FitText:
         """
         late = self._method.windows_apart(len(tokens))
         fitted = tokens[: len(tokens) - late]
-        parts, anatomy = [fitted], self._stream.anatomy
-        if times := self._method.copies(anatomy, *tokens.shape):
-            copies = self._resampler.copies(tokens, times)
-            parts.append(copies[:, : len(fitted)].flatten(0, 1))
-        if own := self._method.written(anatomy, *tokens.shape):
-            parts.append(self._author.windows(own, tokens.shape[1]))
+        anatomy, length = self._stream.anatomy, tokens.shape[1]
+        times = self._method.copies(anatomy, *tokens.shape)
+        own = self._method.written(anatomy, *tokens.shape)
+        there = self._author.has(own, length) and (not times or self._resampler.has(fitted, times))
+        # Writing takes the model as a whole; while it is there, copies need not read it again.
+        with self._stream.whole() if own and not there else nullcontext():
+            parts = [fitted]
+            if times:
+                parts.append(self._resampler.copies(fitted, times).flatten(0, 1))
+            if own:
+                parts.append(self._author.windows(own, length))
         return torch.cat([*parts, tokens[len(fitted) :]]), late

@@ -18,6 +18,7 @@ from secateur.estimate import (
     work_of,
 )
 from secateur.executors import Executor
+from secateur.fit_text import text_work
 from secateur.forms import Form, Target, resolve
 from secateur.layers import LayerChoice
 from secateur.methods import Method, get_method, method_class
@@ -29,6 +30,7 @@ from secateur.outputs import gguf, hf
 from secateur.plans import Plan
 from secateur.progress import PeakMemory, Progress
 from secateur.recipe import Recipe, parameters_to_remove
+from secateur.replaying import kept_bytes
 from secateur.rotation.run import RotationRun
 
 
@@ -193,26 +195,23 @@ class Run(Prepared):
     def _estimate(self) -> Estimate:
         spec, config = self.recipe.calibration, self.checkpoint.config
         anatomy = self.stream.anatomy
-        work = work_of(self.method, anatomy, self.engine.layer_counts())
-        written = self.method.written(anatomy, spec.samples, spec.length)
-        copies = self.method.copies(anatomy, spec.samples, spec.length)
-        # They are made in as many passes over the windows as there are copies: one over them all.
-        extra = bool(copies)
-        windows = self.method.windows_seen(spec.samples, copies, written)
-        solving = self.method.solving(anatomy, windows * spec.length)
+        text = text_work(self.method, anatomy, spec.samples, spec.length)
+        tokens = text.windows * spec.length
+        work = work_of(self.method, anatomy, self.engine.layer_counts(), tokens)
         return estimate(
             anatomy,
             self.method.signals(anatomy) if self.method.needs == "moments" else set(),
-            windows=windows,
+            windows=text.windows,
             length=spec.length,
             hidden=int(config.hidden_size),
             vocabulary=int(config.vocab_size),
             overhead=self.checkpoint.overhead,
             gradients=self.method.survey_by == "gradients",
-            passes=work.passes + extra,
-            heads=work.heads + extra,
-            solving=work.cuts * anatomy.layers * solving,
-            whole=bool(written),
+            passes=work.passes + text.passes,
+            heads=work.heads + text.heads,
+            solving=work.cuts * anatomy.layers * self.method.solving(anatomy, tokens),
+            kept=kept_bytes(self.method, anatomy, tokens),
+            whole=bool(self.method.written(anatomy, spec.samples, spec.length)),
             waits=not self.method.stages(anatomy),
         )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from secateur.drawing import drawn
 from secateur.progress import Progress
 from secateur.streaming import Stream
 
@@ -44,8 +45,7 @@ class Resampler:
         Returns:
             (times, windows, length).
         """
-        known = self._source[: len(tokens)]
-        if known.shape != tokens.shape or not torch.equal(known, tokens):
+        if not self._are_known(tokens):
             self.expect(tokens)
         while len(self._copies) < times:
             last = self._copies[-1] if self._copies else self._source
@@ -53,26 +53,43 @@ class Resampler:
         made = [copy[: len(tokens)] for copy in self._copies[:times]]
         return torch.stack(made) if made else tokens.new_empty(0, *tokens.shape)
 
+    def has(self, tokens: torch.Tensor, times: int) -> bool:
+        """Whether these copies are there already."""
+        return self._are_known(tokens) and len(self._copies) >= times
+
+    def _are_known(self, tokens: torch.Tensor) -> bool:
+        known = self._source[: len(tokens)]
+        return known.shape == tokens.shape and torch.equal(known, tokens)
+
+    @torch.no_grad()
     def _next(self, tokens: torch.Tensor, number: int) -> torch.Tensor:
         stream = self._stream
         layers = range(stream.anatomy.layers)
         self._progress.stage(f"drawing copy {number + 1} of the calibration text", len(layers))
-        hidden = stream.embed(tokens)
-        for layer in layers:
-            with stream.block(layer) as module:
-                hidden = stream.forward_block(layer, module, hidden)
-            self._progress.step(f"block {layer}")
-        drawn = tokens.clone()
+        hidden = stream.forward(tokens, lambda layer: self._progress.step(f"block {layer}"))
+        replaced, uniform = self._places(tokens, number)
+        # A place is predicted by the one before it. Head and draw are made for these alone.
+        behind, before = hidden[:, :-1][replaced.to(hidden.device)], tokens[:, :-1][replaced]
+        copy = tokens.clone()
+        new = tokens.new_empty(len(before))
+        with stream.outside():
+            for _, start, logits in stream.head_pieces(behind[None], before[None]):
+                part = slice(start, start + len(logits))
+                new[part] = drawn(logits, uniform[replaced][part]).to(new)
+        copy[:, 1:][replaced] = new
+        self._progress.finish()
+        return copy
 
-        def draw(window: int, logits: torch.Tensor) -> None:
+    def _places(self, tokens: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which tokens but the first are replaced, and the number that each is drawn by.
+
+        Each (windows, length - 1).
+        """
+        parts = []
+        for window in range(len(tokens)):
             generator = torch.Generator().manual_seed(
                 (self._seed * 1_009 + number) * 100_003 + window
             )
-            odds = logits[:-1].softmax(dim=-1).cpu()
-            new = torch.multinomial(odds, 1, generator=generator)[:, 0]
-            replaced = torch.rand(len(new), generator=generator) < self._rate
-            drawn[window, 1:][replaced] = new[replaced].to(drawn.dtype)
-
-        stream.head(hidden, tokens, draw)
-        self._progress.finish()
-        return drawn
+            parts.append(torch.rand(2, tokens.shape[1] - 1, generator=generator))
+        chosen, uniform = torch.stack(parts, dim=1)
+        return chosen < self._rate, uniform

@@ -9,7 +9,7 @@ every block separately, since a model may mix kinds of attention.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from secateur.checkpoint import Checkpoint
 from secateur.checkpoint.base import first_line
 from secateur.errors import SecateurError, SourceError, is_out_of_memory
 from secateur.progress import give_back_memory, map_large_tensors
+from secateur.recording import Feeder, Recorded, Recorder
 from secateur.rereading import StoredLayers, is_large
 from secateur.skeleton import bind, build_skeleton, drop_weights, fill_buffers, tie
 
@@ -27,47 +28,6 @@ from secateur.skeleton import bind, build_skeleton, drop_weights, fill_buffers, 
 TOKENS_PER_CALL = 4096
 #: Tokens whose logits exist at once: a 128k vocabulary in float32 is half a megabyte a token.
 TOKENS_PER_HEAD_CALL = 256
-
-
-class _Recorded(Exception):
-    """Raised by the recorder behind the last block, to leave the model's forward early."""
-
-
-class _Recorder(nn.Module):
-    """Stands for a block while the model runs, and notes how the model calls it."""
-
-    def __init__(self, block: nn.Module, calls: list[dict[str, Any]], last: bool) -> None:
-        super().__init__()
-        self._block = [block]  # in a list, so that it is not registered as a submodule
-        self._calls = calls
-        self._last = last
-        self.hidden: torch.Tensor | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_block"][0], name)
-
-    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args:
-            raise SourceError("this model hands positional arguments to its blocks; please report")
-        self._calls.append(kwargs)
-        self.hidden = hidden
-        if self._last:
-            raise _Recorded
-        return hidden
-
-
-class _Feeder(nn.Module):
-    """Stands for all blocks while the model's end runs: gives back what is to be normed."""
-
-    def __init__(self, hidden: torch.Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-    def forward(self, _: torch.Tensor, **__: Any) -> torch.Tensor:
-        return self.hidden
 
 
 class Stream:
@@ -102,6 +62,7 @@ class Stream:
         self._head = next((f"{n}." for n, m in self.model.named_modules() if m is last), "none.")
         self._calls: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self._per_call: int | None = None
+        self._whole = False
         fill_buffers(self.model, self.device)
         if self.large:
             map_large_tensors()
@@ -159,6 +120,9 @@ class Stream:
     def block(self, index: int) -> Iterator[nn.Module]:
         """The block with its weights, float as ``dtype``, on ``device``; they go at the end."""
         module = self._blocks[index]
+        if self._whole:
+            yield module
+            return
         self._fill(index, module)
         # Blocks are mostly read in order: the system may fetch the next one while this one works.
         self.checkpoint.prefetch(self._stored_of_block(index + 1).values())
@@ -196,6 +160,9 @@ class Stream:
         Args:
             head: see :meth:`read_outside`.
         """
+        if self._whole and rounded is None:
+            yield
+            return
         read = self.read_outside(rounded, head=head)
         state = {}
         for name in list(read):
@@ -213,6 +180,26 @@ class Stream:
                     drop_weights(child, recurse=False)
             give_back_memory()
 
+    @contextmanager
+    def whole(self) -> Iterator[Any]:
+        """All parts in memory at once; meanwhile none is read again.
+
+        For what takes the model as it is many times. Parts may be used, not changed; yields the
+        transformers model.
+        """
+        if self._whole:
+            yield self.model
+            return
+        with ExitStack() as parts:
+            parts.enter_context(self.outside())
+            for index in range(len(self._blocks)):
+                parts.enter_context(self.block(index))
+            self._whole = True
+            try:
+                yield self.model
+            finally:
+                self._whole = False
+
     # ---- running -----------------------------------------------------------------------------
 
     @contextmanager
@@ -225,7 +212,7 @@ class Stream:
         try:
             yield
         except Exception as error:
-            ours = isinstance(error, SecateurError | _Recorded | OSError)
+            ours = isinstance(error, SecateurError | Recorded | OSError)
             if ours or is_out_of_memory(error):
                 raise
             raise SourceError(
@@ -249,10 +236,10 @@ class Stream:
             for batch in tokens.split(self.windows_per_call(tokens.shape[1])):
                 calls: list[dict[str, Any]] = []
                 recorders = [
-                    _Recorder(block, calls, last=i == len(self._blocks) - 1)
+                    Recorder(block, calls, last=i == len(self._blocks) - 1)
                     for i, block in enumerate(self._blocks)
                 ]
-                with self._blocks_replaced(recorders), suppress(_Recorded), self._its_own_code():
+                with self._blocks_replaced(recorders), suppress(Recorded), self._its_own_code():
                     self.model(input_ids=batch.to(self.device), use_cache=False)
                 self._calls.setdefault((batch.shape[0], batch.shape[1]), calls)
                 hidden = recorders[0].hidden
@@ -306,7 +293,7 @@ class Stream:
         for window in range(len(tokens)):
             for start in range(0, tokens.shape[1], TOKENS_PER_HEAD_CALL):
                 end = start + TOKENS_PER_HEAD_CALL
-                feeder = _Feeder(hidden[window : window + 1, start:end])
+                feeder = Feeder(hidden[window : window + 1, start:end])
                 with self._blocks_replaced([feeder]):
                     ids = tokens[window : window + 1, start:end].to(self.device)
                     with self._its_own_code():

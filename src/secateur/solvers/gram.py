@@ -56,6 +56,8 @@ def ordering(g: torch.Tensor) -> Ordered:
 
 #: Rows of G that are made at a time.
 PANEL = 1024
+#: The same of an inverse.
+INVERSE_PANEL = 192
 
 
 class GramForm:
@@ -208,10 +210,26 @@ def importance(
 
 
 def inverse_of(factor: torch.Tensor) -> torch.Tensor:
-    """(L L^T)^-1 from L. Twelve times as fast here as torch.cholesky_inverse at q = 1536."""
-    unit = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    half = torch.linalg.solve_triangular(factor, unit, upper=False)
-    return half.T @ half
+    """(L L^T)^-1 from L, as products of panels that leave out what is zero above the diagonal.
+
+    A third of the operations of a system for every column, and at the rate of products also on
+    several threads, where torch.cholesky_inverse has half the speed of one.
+    """
+    size = len(factor)
+    half, out = torch.zeros_like(factor), torch.empty_like(factor)  # L^-1, and L^-T L^-1
+    for start in range(0, size, INVERSE_PANEL):
+        end = min(start + INVERSE_PANEL, size)
+        corner = factor[start:end, start:end]
+        right = torch.eye(end - start, dtype=factor.dtype, device=factor.device)
+        before = factor[start:end, :start] @ half[:start, :start]
+        rows = torch.cat([before.neg_(), right], dim=1)
+        half[start:end, :end] = torch.linalg.solve_triangular(corner, rows, upper=False)
+    for start in range(0, size, INVERSE_PANEL):
+        end = min(start + INVERSE_PANEL, size)
+        part = half[start:, start:end].T @ half[start:, :end]
+        out[start:end, :end] = part
+        out[:start, start:end] = part[:, :start].T
+    return out
 
 
 def frobenius_gradient(g: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
     min_V E||V x_S - W x||^2 + s ||V - W_S||^2       s = pull * mean diag H_SS
 
-    V = (W H_:S + s W_S) (H_SS + s I)^-1                                    from H = E[x x^T]
+    V = W_S + W_P H_PS (H_SS + s I)^-1                                      from H = E[x x^T]
     V = W_S + R (X_S X_S^T + s T I)^-1 X_S,   R = W_P X_P^T                 from T tokens X
 
 The second is the same by the push-through identity; of fewer tokens than inputs it is the smaller
@@ -144,28 +144,58 @@ class OfFew:
         return _with_a_pull(pull, solved)
 
 
+class OfMany:
+    """The fit from the second moment, as the step D = V - W_S; what all pulls share is made once.
+
+        D = C (H_SS + s I)^-1,   C = W_P H_PS
+
+    Args:
+        weight: W, (p, q).
+        second: H, (q, q), float64.
+        kept: S, (q',).
+    """
+
+    def __init__(self, weight: torch.Tensor, second: torch.Tensor, kept: torch.Tensor) -> None:
+        went = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+        went[kept] = False
+        self._gone = weight[:, went].double()
+        self._below = second[went]
+        self._went = went
+        self._inner = second[kept][:, kept]
+        self._diagonal = self._inner.diagonal().clone()
+        self.lost = self._gone @ self._below[:, kept]  # C
+
+    def step(self, pull: float) -> torch.Tensor | None:
+        """D, (p, q'), float64; None where nothing can be solved."""
+        mean = self._diagonal.mean()
+        first = float(pull * mean) if bool(mean > 0) else 1.0
+
+        def solved(step: float) -> torch.Tensor | None:
+            self._inner.diagonal().copy_(self._diagonal + first * step)
+            factor, info = torch.linalg.cholesky_ex(self._inner)
+            if int(info) != 0:
+                return None
+            half = torch.linalg.solve_triangular(factor, self.lost.T, upper=False)
+            return torch.linalg.solve_triangular(factor.T, half, upper=True).T
+
+        return _with_a_pull(pull, solved)
+
+    def loss(self, step: torch.Tensor | None) -> float:
+        """E||D x_S - W_P x_P||^2, with D or with none."""
+        found = float((self._gone @ self._below[:, self._went]).mul(self._gone).sum())
+        if step is None:
+            return found
+        self._inner.diagonal().copy_(self._diagonal)
+        return found + float((step @ self._inner - 2 * self.lost).mul(step).sum())
+
+
 def refit(
     weight: torch.Tensor, second: torch.Tensor, kept: torch.Tensor, pull: float
 ) -> torch.Tensor:
     """V from H (q, q), float64; see :func:`fitted_weights`."""
-    w = weight.to(torch.float64)
-    inner = second[kept][:, kept].clone()
-    mean = inner.diagonal().mean()
-    first = float(pull * mean) if bool(mean > 0) else 1.0
-    diagonal = inner.diagonal().clone()
-
-    def solved(step: float) -> torch.Tensor | None:
-        s = first * step
-        inner.diagonal().copy_(diagonal + s)
-        factor, info = torch.linalg.cholesky_ex(inner)
-        if int(info) != 0:
-            return None
-        right = w @ second[:, kept] + s * w[:, kept]
-        half = torch.linalg.solve_triangular(factor, right.T, upper=False)
-        return torch.linalg.solve_triangular(factor.T, half, upper=True).T
-
-    found = _with_a_pull(pull, solved)
-    return w[:, kept] if found is None else found
+    step = OfMany(weight, second, kept).step(pull)
+    own = weight[:, kept].double()
+    return own if step is None else own + step
 
 
 def _with_a_pull(
@@ -190,10 +220,9 @@ def output_error(
 ) -> float:
     """:func:`relative_error` from H."""
     w = weight.to(torch.float64)
-    difference = -w
-    difference[:, kept] += new
     whole = float((w @ second).mul(w).sum())
-    return float((difference @ second).mul(difference).sum()) / whole if whole > 0 else 0.0
+    off = OfMany(weight, second, kept).loss(new - w[:, kept])
+    return off / whole if whole > 0 else 0.0
 
 
 def best_pull(
@@ -204,9 +233,10 @@ def best_pull(
     pulls: Sequence[float] = PULLS,
 ) -> float | None:
     """:func:`chosen_pull` from H of the two parts, (q, q)."""
-    best, least = None, output_error(weight, held_out, kept, weight[:, kept].to(torch.float64))
+    here, there = OfMany(weight, fitted, kept), OfMany(weight, held_out, kept)
+    best, least = None, there.loss(None)
     for pull in pulls:
-        found = output_error(weight, held_out, kept, refit(weight, fitted, kept, pull))
+        found = there.loss(here.step(pull))
         if found < least:
             best, least = pull, found
     return best

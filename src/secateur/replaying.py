@@ -1,0 +1,177 @@
+"""The pass of a block behind its cut, without what the cut has not changed.
+
+Statistics of a cut prefix take two passes of every block: one of the block as it was, and one of
+what is left of it. Where only neurons of the FFN went, attention puts out the same again, and so
+does every neuron that stays; what is new is the layer that reads them. So what passed in front of
+the cut is kept, as long as that takes little memory, and handed out in the second pass, in which
+the block's own code runs around it.
+
+What is handed out was made by weights that are not rounded to the type that is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.anatomy import Anatomy
+from secateur.methods import Method
+from secateur.plans import BlockCut
+
+#: Bytes of one block's activations that are kept for the second pass; more than these are not.
+MOST_KEPT = 2**28
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Modules of a block around its neurons.
+
+    Attributes:
+        before: modules whose outputs go into the residual stream before the FFN.
+        chain: modules of the FFN; either one that holds it all, or the last is the consumer.
+        consumer: the linear layer that reads the neurons.
+        changed: the linear layers that neurons go from.
+    """
+
+    before: tuple[str, ...]
+    chain: tuple[str, ...]
+    consumer: str
+    changed: frozenset[str]
+
+
+def parts_of(anatomy: Anatomy) -> Parts | None:
+    """The parts of a family whose FFN is the last thing in a block; None of others."""
+    residual, coupling = anatomy.family.residual, anatomy.find("neurons")
+    if residual is None or coupling is None or coupling.readers:
+        return None
+    *others, last = residual.stages
+    branches = [branch for stage in others for branch in stage.branches]
+    alone = len(last.branches) == 1 and anatomy.denses[coupling.consumer].reads in last.writes
+    if not alone or any(len(branch) > 1 for branch in branches):
+        return None
+    return Parts(
+        before=tuple(branch[0] for branch in branches),
+        chain=last.branches[0],
+        consumer=coupling.consumer,
+        changed=frozenset((*coupling.producers, coupling.consumer)),
+    )
+
+
+def kept_bytes(method: Method, anatomy: Anatomy, tokens: int) -> int:
+    """Bytes that are kept of one block: its neurons and what attention put out; 0: none are."""
+    parts = parts_of(anatomy)
+    units = {anatomy.denses[name].reads for name in anatomy.consumers("values", "neurons")}
+    if (
+        parts is None
+        or method.identical_inputs  # then there is no second pass
+        or method.stages(anatomy)  # and here more than one first
+        or not method.signals(anatomy) <= units
+    ):
+        return 0
+    consumer = anatomy.denses[parts.consumer]
+    found = 4 * tokens * (consumer.inputs + len(parts.before) * consumer.rows)
+    return found if found <= MOST_KEPT else 0
+
+
+def second_pass(method: Method, anatomy: Anatomy, tokens: int) -> float:
+    """The pass behind the cut as a part of a whole pass of the block, for the estimate of time.
+
+    It is whole wherever a KV group has gone, which nobody knows beforehand.
+    """
+    if method.identical_inputs or not method.signals(anatomy):
+        return 0.0
+    if not kept_bytes(method, anatomy, tokens):
+        return 1.0
+    consumer = anatomy.denses[anatomy.coupling("neurons").consumer]
+    alone = method.signals(anatomy) == {consumer.reads}
+    return consumer.parameters / anatomy.block_parameters if alone else 1.0
+
+
+class Passed:
+    """What passed one block in front of its cut, call by call.
+
+    Args:
+        method: that cuts.
+        anatomy: of the model.
+        tokens: that pass.
+    """
+
+    def __init__(self, method: Method, anatomy: Anatomy, tokens: int) -> None:
+        self._parts = parts_of(anatomy) if kept_bytes(method, anatomy, tokens) else None
+        self._outputs: dict[str, list[Any]] = {}
+        self._neurons: list[torch.Tensor] = []
+
+    @contextmanager
+    def noted(self, block: nn.Module) -> Iterator[None]:
+        """Keep what passes the block meanwhile."""
+        if self._parts is None:
+            yield
+            return
+
+        def put_out(path: str) -> Callable[[nn.Module, Any, Any], None]:
+            return lambda _, __, out: self._outputs.setdefault(path, []).append(out)
+
+        def read(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            self._neurons.append(args[0])
+
+        handles = [
+            block.get_submodule(path).register_forward_hook(put_out(path))
+            for path in self._parts.before
+        ]
+        consumer = block.get_submodule(self._parts.consumer)
+        handles.append(consumer.register_forward_pre_hook(read))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def replayed(self, block: nn.Module, cut: BlockCut) -> Iterator[None]:
+        """Let the block, which has the cut, put out what it does for the same calls once more.
+
+        Where the cut has changed more than stands behind what was kept, all of it runs.
+        """
+        changed = {*cut.inputs, *cut.rows, *cut.weights, *cut.scales, *cut.biases}
+        parts = self._parts
+        if parts is None or not self._neurons or not changed <= parts.changed:
+            yield
+            return
+        consumer, neurons = block.get_submodule(parts.consumer), iter(self._neurons)
+
+        def read(x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = consumer(x)
+            return found
+
+        with ExitStack() as stack:
+            for path, outputs in self._outputs.items():
+                stack.enter_context(_stood_in(block, path, _each(outputs)))
+            first, *others = parts.chain
+            if others:  # the last of them reads the neurons by itself
+                stack.enter_context(_stood_in(block, first, lambda _: next(neurons)))
+            else:
+                stack.enter_context(_stood_in(block, first, lambda _: read(next(neurons))))
+            for path in others[:-1]:
+                stack.enter_context(_stood_in(block, path, lambda x: x))
+            yield
+
+
+def _each(outputs: Sequence[Any]) -> Callable[..., Any]:
+    again = iter(outputs)
+    return lambda *_, **__: next(again)
+
+
+@contextmanager
+def _stood_in(block: nn.Module, path: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Let a function run in the place of a module's own code."""
+    module: Any = block.get_submodule(path)
+    module.forward = function
+    try:
+        yield
+    finally:
+        del module.forward
