@@ -84,28 +84,30 @@ class Saap(ByGradient):
         = g^2; of all, g and F are means. By the second order alone, coarse is the sum of (sum of W
         g)^2 and fine that of sum of (W g)^2; of all windows, these are the means over them.
         """
-        alone = self.options.order == "second"
+        if self.options.order == "second":
+            each = [self._both(block, gradient, None) for gradient in block.gradients]
+            whole = {name: torch.stack([own[name] for own in each]).mean(0) for name in each[0]}
+        else:
+            each, whole = self._mixed(block)
+        return {name: torch.stack([own, *(one[name] for one in each)], 1).cpu()
+                for name, own in whole.items()}  # fmt: skip
+
+    def _mixed(self, block: Block) -> tuple[list[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+        """Both scores by both orders, of each window and of all; gradients come once."""
         each: list[dict[str, torch.Tensor]] = []
 
         def watched() -> Iterator[dict[str, torch.Tensor]]:
             for gradient in block.gradients:
-                squares = None if alone else {name: g * g for name, g in gradient.items()}
-                each.append(self._both(block, gradient, squares))
+                each.append(self._both(block, gradient, {n: g * g for n, g in gradient.items()}))
                 yield gradient
 
-        if alone:
-            for _ in watched():
-                pass
-            whole = {name: torch.stack([own[name] for own in each]).mean(0) for name in each[0]}
-        else:
-            sums = GradientSums.of(watched(), squares=True)
-            whole = self._both(
-                block,
-                {name: g / sums.calls for name, g in sums.total.items()},
-                {name: f / sums.calls for name, f in sums.squares.items()},
-            )
-        return {name: torch.stack([own, *(one[name] for one in each)], 1).cpu()
-                for name, own in whole.items()}  # fmt: skip
+        sums = GradientSums.of(watched(), squares=True)
+        whole = self._both(
+            block,
+            {name: g / sums.calls for name, g in sums.total.items()},
+            {name: f / sums.calls for name, f in sums.squares.items()},
+        )
+        return each, whole
 
     def _both(
         self,

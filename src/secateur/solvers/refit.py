@@ -12,6 +12,7 @@ system. S are the kept inputs, P the others; X_S is (T, q').
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 
@@ -182,11 +183,15 @@ class OfMany:
 
     def loss(self, step: torch.Tensor | None) -> float:
         """E||D x_S - W_P x_P||^2, with D or with none."""
-        found = float((self._gone @ self._below[:, self._went]).mul(self._gone).sum())
         if step is None:
-            return found
+            return self._unfitted
         self._inner.diagonal().copy_(self._diagonal)
-        return found + float((step @ self._inner - 2 * self.lost).mul(step).sum())
+        return self._unfitted + float((step @ self._inner - 2 * self.lost).mul(step).sum())
+
+    @cached_property
+    def _unfitted(self) -> float:
+        """E||W_P x_P||^2, which all pulls begin from."""
+        return float((self._gone @ self._below[:, self._went]).mul(self._gone).sum())
 
 
 def refit(
