@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from secateur.methods import Method, get_method
 from secateur.plans import BlockCut
 from secateur.progress import Progress
 from secateur.replaying import Passed
+from secateur.sparsity import parse_sparsity
 from secateur.streaming import Stream
 
 Folder = Callable[[str], Path]
@@ -153,3 +155,50 @@ def test_cuts_are_those_of_whole_passes_and_of_a_run_that_was_killed(
         assert one.weights.keys() == other.weights.keys()  # some are best as they were
         for path, weight in one.weights.items():
             torch.testing.assert_close(weight, other.weights[path], rtol=1e-3, atol=1e-4)
+
+
+def test_stages_run_no_further_than_they_look(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls of each shape of layer in four blocks; what is found is that of whole passes."""
+    tokens = random_tokens(4, 16)
+    called: Counter[tuple[int, int]] = Counter()
+    linear = torch.nn.Linear.forward
+
+    def counted(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        called[self.in_features, self.out_features] += 1
+        return linear(self, x)
+
+    def cuts(done: int = 0) -> list[BlockCut]:
+        stream = Stream(open_checkpoint(model_folder("llama-gqa-tied")))
+        form = Form(sparsity=parse_sparsity("50%"))
+        method = get_method("wanda", {"scope": "sublayer"}, form)
+        assert isinstance(method, Method)
+        engine = Engine(
+            stream, method, to_remove=0, seed=0, dtype=torch.float32, progress=Progress()
+        )
+        choice = engine.choose_layers(tokens)
+        finished = {cut.source: cut for cut in found[:done]}
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.Linear, "forward", counted)
+            shares = engine.shares(choice, tokens)
+            return engine.neuron_stage(choice.layers, shares, tokens, done=finished).blocks
+
+    found: list[BlockCut] = []
+    found = cuts()
+    blocks = len(found)
+    assert called == {
+        (32, 32): 3 * blocks,  # q in both stages, o in the second: the first ends in front of it
+        (32, 16): 4 * blocks,  # k and v
+        (32, 48): 2 * blocks + 2 * (blocks - 1),  # gate and up; behind the last cut nothing runs
+        (48, 32): blocks - 1,
+    }
+    again = cuts(done=2)
+    monkeypatch.setattr(replaying, "MOST_KEPT", 0)
+    look = Engine.look
+    monkeypatch.setattr(Engine, "look", lambda *args: look(*args[:-1], passes=True))
+    for other in (again, cuts()):
+        for one, same in zip(found, other, strict=True):
+            assert one.weights.keys() == same.weights.keys() != set()
+            for path, weight in one.weights.items():
+                assert torch.equal(weight, same.weights[path])

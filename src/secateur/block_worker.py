@@ -111,7 +111,7 @@ class BlockWorker:
         stream, share = self._run.stream, Share(parameters, lose, units)
         with listening() as self._steps:
             with stream.block(layer) as module:
-                block, _ = engine.look(layer, module, hidden, share, late)
+                block, _ = engine.look(layer, module, hidden, share, late, passes=False)
                 self._state = None if stream.large else state_of(module)
             del hidden
             if stream.large:  # it waits in the file while its layers are solved

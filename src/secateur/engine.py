@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from secateur.methods import Block, Method, Share, Shares
 from secateur.numerics import cut_by, noting_steps
 from secateur.plans import BlockCut, Plan, Tensors, block_removed, check_cut
 from secateur.progress import Progress
+from secateur.recording import Enough
 from secateur.replaying import Passed
 from secateur.statistics import Channels, Moments, gather
 from secateur.streaming import Stream
@@ -231,15 +232,14 @@ class Engine:
             with self.stream.block(layer) as module:
                 if layer > last_read:
                     hidden = None
-                again = hidden is not None and not self.method.identical_inputs
+                again = layer < last_read and not self.method.identical_inputs
                 tokens_here = 0 if hidden is None else hidden.shape[:2].numel()
                 passed = Passed(self.method, plan.anatomy, tokens_here)
-                with passed.noted(module):
-                    if layer in done:
-                        cut, out = done[layer], self._pass_on(layer, module, hidden)
-                    else:
-                        share = replace(shares[layer], parameters=quota)
-                        cut, out = self._cut_block(layer, module, hidden, share, late)
+                if layer in done:
+                    cut, out = done[layer], self._pass_done(layer, module, hidden, passed)
+                else:
+                    share = replace(shares[layer], parameters=quota)
+                    cut, out = self._cut_block(layer, module, hidden, share, late, passed)
                 plan.blocks.append(cut)
                 if shares[layer].parameters:
                     missed = quota - block_removed(plan.anatomy, cut)
@@ -272,6 +272,7 @@ class Engine:
         share: Share | None = None,
         late: int = 0,
         only: set[str] | None = None,
+        passes: bool = True,
     ) -> tuple[Block, torch.Tensor | None]:
         """A block as a method sees it, with statistics, and what it puts out.
 
@@ -279,6 +280,7 @@ class Engine:
             share: what the block shall lose; without it, as for a survey, statistics are taken.
             late: windows at the end whose statistics are also kept apart.
             only: signals of which statistics are taken; without it, all that the method wants.
+            passes: whether what it puts out is wanted. Else it runs as far as statistics need.
         """
         anatomy, method = self.stream.anatomy, self.method
         signals = self.signals(1 if share is None else share.parameters)
@@ -292,13 +294,16 @@ class Engine:
         moments: dict[str, Moments] = {}
         held_out: dict[str, Moments] = {}
         channels: dict[str, Channels] = {}
+        run = self._pass_on if passes else self._pass_in
+        hidden = hidden if passes or readers else None
         if method.needs == "moments":
-            relative = method.relative(anatomy)
-            with gather(module, readers, Moments, apart, behind, relative) as (moments, held_out):
-                out = self._pass_on(layer, module, hidden)
+            with gather(
+                module, readers, Moments, apart, behind, method.relative(anatomy), not passes
+            ) as (moments, held_out):
+                out = run(layer, module, hidden)
         else:
-            with gather(module, readers, Channels, behind=behind) as (channels, _):
-                out = self._pass_on(layer, module, hidden)
+            with gather(module, readers, Channels, behind=behind, only=not passes) as (channels, _):
+                out = run(layer, module, hidden)
         block = self.block(
             layer,
             module,
@@ -341,6 +346,25 @@ class Engine:
         """What a block puts out, where anything behind it needs that."""
         return None if hidden is None else self.stream.forward_block(layer, module, hidden)
 
+    def _pass_done(
+        self, layer: int, module: torch.nn.Module, hidden: torch.Tensor | None, passed: Passed
+    ) -> torch.Tensor | None:
+        """The first pass of a block that an earlier run has cut."""
+        if self.method.identical_inputs:
+            return self._pass_on(layer, module, hidden)
+        if passed.before_cut:
+            with passed.noted(module):
+                self._pass_in(layer, module, hidden)
+        return None
+
+    @torch.no_grad()
+    def _pass_in(self, layer: int, module: torch.nn.Module, hidden: torch.Tensor | None) -> None:
+        """Run a block for what is gathered inside, which may end its calls before their end."""
+        if hidden is not None:
+            for batch in self.stream.batches(hidden):
+                with suppress(Enough):
+                    self.stream.call_block(layer, module, batch)
+
     @noting_steps
     def _cut_block(
         self,
@@ -349,15 +373,21 @@ class Engine:
         hidden: torch.Tensor | None,
         share: Share,
         late: int,
+        passed: Passed,
     ) -> tuple[BlockCut, torch.Tensor | None]:
+        """The cut of a block; what it puts out, where blocks behind it read that of the whole."""
         anatomy = self.stream.anatomy
         stages = self.method.stages(anatomy) if hidden is not None and share.parameters else []
+        passes = self.method.identical_inputs  # else what is left of it is run again
         state = state_of(module) if stages else {}
         cut = BlockCut(layer)
-        for number, only in enumerate(stages or [None]):
-            seen = masked(self.stream, module, state, cut, self.dtype) if number else nullcontext()
-            with seen:
-                block, out = self.look(layer, module, hidden, share, late, only)
+        for number, only in enumerate(stages or [None], 1):
+            with ExitStack() as stack:
+                if number > 1:
+                    stack.enter_context(masked(self.stream, module, state, cut, self.dtype))
+                if number >= len(stages):
+                    stack.enter_context(passed.noted(module))
+                block, out = self.look(layer, module, hidden, share, late, only, passes)
             # What the block puts out is known now; a large one waits while its layers are solved.
             waits = self.stream.large and not stages and self._cuts(share.parameters)
             aside = self.stream.set_aside(layer, module) if waits else nullcontext(block.weights)

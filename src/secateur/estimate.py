@@ -15,7 +15,7 @@ from secateur.errors import MemoryLimitError, RecipeError
 from secateur.layers import search_work
 from secateur.methods import Method
 from secateur.recipe import BYTE_UNITS, parse_amount
-from secateur.replaying import second_pass
+from secateur.replaying import first_passes, second_pass
 from secateur.rereading import is_large
 from secateur.statistics import are_few
 from secateur.streaming import TOKENS_PER_CALL, TOKENS_PER_HEAD_CALL
@@ -88,8 +88,7 @@ def work_of(method: Method, anatomy: Anatomy, counts: Sequence[int], tokens: int
         runs, heads = search_work(method, anatomy.layers, counts[0])
         return Work(runs / anatomy.layers, heads, 0)
     reads = bool(method.signals(anatomy))
-    # A look for each group of layers, and another pass of what is left of the block.
-    cut = reads * max(1, len(method.stages(anatomy))) + second_pass(method, anatomy, tokens)
+    cut = first_passes(method, anatomy) + second_pass(method, anatomy, tokens)
     if method.ranking is None and method.survey_by == "gradients":
         return Work(cut + 4, 3, 1)  # forward twice; backward is worth two more
     if method.ranking is None:

@@ -10,8 +10,8 @@ from torch import nn
 from secateur.errors import SourceError
 
 
-class Recorded(Exception):
-    """Raised by the recorder behind the last block, to leave the model's forward early."""
+class Enough(Exception):
+    """Leaves the code of a model where nobody needs the rest of the call."""
 
 
 class Recorder(nn.Module):
@@ -36,7 +36,7 @@ class Recorder(nn.Module):
         self._calls.append(kwargs)
         self.hidden = hidden
         if self._last:
-            raise Recorded
+            raise Enough
         return hidden
 
 

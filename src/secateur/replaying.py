@@ -4,9 +4,12 @@ Statistics of a cut prefix take two passes of every block: one of the block as i
 what is left of it. Where only neurons of the FFN went, attention puts out the same again, and so
 does every neuron that stays; what is new is the layer that reads them. So what passed in front of
 the cut is kept, as long as that takes little memory, and handed out in the second pass, in which
-the block's own code runs around it.
+the block's own code runs around it. What is handed out was made by weights that are not rounded to
+the type that is written.
 
-What is handed out was made by weights that are not rounded to the type that is written.
+A method that cuts a block in stages looks at it once more for each. What attention put out in the
+last of them, which already has the cuts of those before, stays as it is when only layers of the
+FFN are cut then.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ class Parts:
         before: modules whose outputs go into the residual stream before the FFN.
         chain: modules of the FFN; either one that holds it all, or the last is the consumer.
         consumer: the linear layer that reads the neurons.
-        changed: the linear layers that neurons go from.
+        changed: the linear layers that neurons go from, which are all of the FFN.
     """
 
     before: tuple[str, ...]
@@ -63,19 +66,47 @@ def parts_of(anatomy: Anatomy) -> Parts | None:
 
 
 def kept_bytes(method: Method, anatomy: Anatomy, tokens: int) -> int:
-    """Bytes that are kept of one block: its neurons and what attention put out; 0: none are."""
+    """Bytes that are kept of one block: what attention put out, and neurons; 0: none are."""
     parts = parts_of(anatomy)
-    units = {anatomy.denses[name].reads for name in anatomy.consumers("values", "neurons")}
-    if (
-        parts is None
-        or method.identical_inputs  # then there is no second pass
-        or method.stages(anatomy)  # and here more than one first
-        or not method.signals(anatomy) <= units
-    ):
+    if parts is None or method.identical_inputs:  # then there is no second pass
         return 0
-    consumer = anatomy.denses[parts.consumer]
-    found = 4 * tokens * (consumer.inputs + len(parts.before) * consumer.rows)
-    return found if found <= MOST_KEPT else 0
+    if stages := method.stages(anatomy):
+        last = {name for name, dense in anatomy.denses.items() if dense.reads in stages[-1]}
+        useful, neurons = last <= parts.changed, 0
+    else:
+        units = {anatomy.denses[name].reads for name in anatomy.consumers("values", "neurons")}
+        useful = method.signals(anatomy) <= units
+        neurons = anatomy.denses[parts.consumer].inputs
+    found = 4 * tokens * (neurons + len(parts.before) * anatomy.denses[parts.consumer].rows)
+    return found if useful and found <= MOST_KEPT else 0
+
+
+def first_passes(method: Method, anatomy: Anatomy) -> float:
+    """The passes that statistics take, in whole passes of the block, for the estimate of time.
+
+    One for each stage, as far as the last signal that it looks for where the pass behind the cut
+    is the one that goes on.
+    """
+    wanted = method.signals(anatomy)
+    stages = method.stages(anatomy) or ([wanted] if wanted else [])
+    if method.identical_inputs:
+        return float(len(stages))
+    return sum(
+        1.0
+        if signals & method.relative(anatomy)
+        else _in_front(anatomy, signals) / anatomy.block_parameters
+        for signals in stages
+    )
+
+
+def _in_front(anatomy: Anatomy, signals: set[str]) -> int:
+    """Parameters of the linear layers that run before the last signal is there."""
+    first_readers = {anatomy.by_signal[signal][0] for signal in signals}
+    found = passed = 0
+    for name, dense in anatomy.denses.items():
+        found = passed if name in first_readers else found
+        passed += dense.parameters
+    return found
 
 
 def second_pass(method: Method, anatomy: Anatomy, tokens: int) -> float:
@@ -87,9 +118,15 @@ def second_pass(method: Method, anatomy: Anatomy, tokens: int) -> float:
         return 0.0
     if not kept_bytes(method, anatomy, tokens):
         return 1.0
-    consumer = anatomy.denses[anatomy.coupling("neurons").consumer]
-    alone = method.signals(anatomy) == {consumer.reads}
-    return consumer.parameters / anatomy.block_parameters if alone else 1.0
+    neurons = anatomy.coupling("neurons")
+    consumer = anatomy.denses[neurons.consumer]
+    if method.stages(anatomy):
+        runs = [consumer, *(anatomy.denses[name] for name in neurons.producers)]
+    elif method.signals(anatomy) == {consumer.reads}:
+        runs = [consumer]
+    else:
+        return 1.0
+    return sum(dense.parameters for dense in runs) / anatomy.block_parameters
 
 
 class Passed:
@@ -103,8 +140,14 @@ class Passed:
 
     def __init__(self, method: Method, anatomy: Anatomy, tokens: int) -> None:
         self._parts = parts_of(anatomy) if kept_bytes(method, anatomy, tokens) else None
+        self._in_stages = bool(method.stages(anatomy))
         self._outputs: dict[str, list[Any]] = {}
         self._neurons: list[torch.Tensor] = []
+
+    @property
+    def before_cut(self) -> bool:
+        """Whether what is kept is of the block as it was, before any cut."""
+        return self._parts is not None and not self._in_stages
 
     @contextmanager
     def noted(self, block: nn.Module) -> Iterator[None]:
@@ -123,8 +166,9 @@ class Passed:
             block.get_submodule(path).register_forward_hook(put_out(path))
             for path in self._parts.before
         ]
-        consumer = block.get_submodule(self._parts.consumer)
-        handles.append(consumer.register_forward_pre_hook(read))
+        if not self._in_stages:
+            consumer = block.get_submodule(self._parts.consumer)
+            handles.append(consumer.register_forward_pre_hook(read))
         try:
             yield
         finally:
@@ -137,9 +181,17 @@ class Passed:
 
         Where the cut has changed more than stands behind what was kept, all of it runs.
         """
-        changed = {*cut.inputs, *cut.rows, *cut.weights, *cut.scales, *cut.biases}
         parts = self._parts
-        if parts is None or not self._neurons or not changed <= parts.changed:
+        if parts is None or not self._outputs:
+            yield
+            return
+        if self._in_stages:
+            with ExitStack() as stack:
+                self._stand_in_before(block, stack)
+                yield
+            return
+        changed = {*cut.inputs, *cut.rows, *cut.weights, *cut.scales, *cut.biases}
+        if not changed <= parts.changed:
             yield
             return
         consumer, neurons = block.get_submodule(parts.consumer), iter(self._neurons)
@@ -149,8 +201,7 @@ class Passed:
             return found
 
         with ExitStack() as stack:
-            for path, outputs in self._outputs.items():
-                stack.enter_context(_stood_in(block, path, _each(outputs)))
+            self._stand_in_before(block, stack)
             first, *others = parts.chain
             if others:  # the last of them reads the neurons by itself
                 stack.enter_context(_stood_in(block, first, lambda _: next(neurons)))
@@ -159,6 +210,10 @@ class Passed:
             for path in others[:-1]:
                 stack.enter_context(_stood_in(block, path, lambda x: x))
             yield
+
+    def _stand_in_before(self, block: nn.Module, stack: ExitStack) -> None:
+        for path, outputs in self._outputs.items():
+            stack.enter_context(_stood_in(block, path, _each(outputs)))
 
 
 def _each(outputs: Sequence[Any]) -> Callable[..., Any]:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from secateur.recording import Enough
 from secateur.solvers.ladder import FLOAT64, climbed, solving_for
 
 #: Rows of a chunk whose products are summed in float32 before they join the float64 total.
@@ -273,6 +274,7 @@ def gather(
     apart: int | None = None,
     behind: Mapping[str, tuple[str, int]] | None = None,
     relative: Collection[str] = (),
+    only: bool = False,
 ) -> Iterator[tuple[dict[str, S], dict[str, S]]]:
     """Gather statistics of each signal while ``block`` runs.
 
@@ -284,6 +286,8 @@ def gather(
         apart: number of the token from which on statistics are also taken on their own.
         relative: signals whose tokens count in relation to what the block puts out, by
             :func:`relative_to`.
+        only: nobody wants what the block puts out: a call ends by :class:`Enough` at the last
+            signal, unless signals are relative to what it puts out.
 
     Yields:
         the statistics of all tokens, and of those from ``apart`` on; filled while the block runs.
@@ -293,6 +297,7 @@ def gather(
     seen = dict.fromkeys(layer_of_signal, 0)
 
     waiting: list[tuple[str, torch.Tensor]] = []  # until it is known what the block puts out
+    here: set[str] = set()  # signals that this call has met
 
     def take(signal: str, x: torch.Tensor) -> None:
         for part in (found, late):
@@ -311,6 +316,9 @@ def gather(
             waiting.append((signal, x))
         else:
             take(signal, x)
+        here.add(signal)
+        if only and not waiting and here == layer_of_signal.keys():
+            raise Enough
 
     def put_out(_: nn.Module, __: Any, out: Any) -> None:
         factors = relative_to(out[0] if isinstance(out, tuple) else out)
@@ -324,7 +332,8 @@ def gather(
     def at_exit(signal: str, count: int) -> Callable[[nn.Module, Any, torch.Tensor], None]:
         return lambda _, __, out: met(signal, out[..., :count])
 
-    handles = [
+    handles = [block.register_forward_pre_hook(lambda *_: here.clear())]
+    handles += [
         block.get_submodule(path).register_forward_pre_hook(at_entry(signal))
         for signal, path in layer_of_signal.items()
         if signal not in (behind or {})

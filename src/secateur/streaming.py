@@ -20,7 +20,7 @@ from secateur.checkpoint import Checkpoint
 from secateur.checkpoint.base import first_line
 from secateur.errors import SecateurError, SourceError, is_out_of_memory
 from secateur.progress import give_back_memory, map_large_tensors
-from secateur.recording import Feeder, Recorded, Recorder
+from secateur.recording import Enough, Feeder, Recorder
 from secateur.rereading import StoredLayers, is_large
 from secateur.skeleton import bind, build_skeleton, drop_weights, fill_buffers, tie
 
@@ -212,7 +212,7 @@ class Stream:
         try:
             yield
         except Exception as error:
-            ours = isinstance(error, SecateurError | Recorded | OSError)
+            ours = isinstance(error, SecateurError | Enough | OSError)
             if ours or is_out_of_memory(error):
                 raise
             raise SourceError(
@@ -239,7 +239,7 @@ class Stream:
                     Recorder(block, calls, last=i == len(self._blocks) - 1)
                     for i, block in enumerate(self._blocks)
                 ]
-                with self._blocks_replaced(recorders), suppress(Recorded), self._its_own_code():
+                with self._blocks_replaced(recorders), suppress(Enough), self._its_own_code():
                     self.model(input_ids=batch.to(self.device), use_cache=False)
                 self._calls.setdefault((batch.shape[0], batch.shape[1]), calls)
                 hidden = recorders[0].hidden
@@ -254,8 +254,11 @@ class Stream:
         :meth:`embed` must have seen windows of this length before, since it is there that the
         arguments of the blocks are recorded.
         """
-        size = self.windows_per_call(hidden.shape[1])
-        return torch.cat([self.call_block(index, block, batch) for batch in hidden.split(size)])
+        return torch.cat([self.call_block(index, block, batch) for batch in self.batches(hidden)])
+
+    def batches(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The windows of each call of a block, (windows, length, hidden)."""
+        return hidden.split(self.windows_per_call(hidden.shape[1]))
 
     def call_block(self, index: int, block: nn.Module, batch: torch.Tensor) -> torch.Tensor:
         """One call of :meth:`forward_block`; gradients flow where they are enabled."""

@@ -27,8 +27,13 @@ def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
     Returns:
         (p, q) bool.
     """
-    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    mask[scores.flatten().argsort(stable=True)[:count]] = True
+    if count <= 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    flat = scores.flatten().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    highest = flat.kthvalue(min(count, len(flat))).values
+    mask = flat < highest
+    ties = (flat == highest).nonzero()[:, 0]
+    mask[ties[: count - int(mask.sum())]] = True
     return mask.view_as(scores)
 
 

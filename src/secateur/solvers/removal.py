@@ -27,7 +27,7 @@ from typing import Literal
 
 import torch
 
-from secateur.solvers.compensation import all_at_once, entries, in_batches, one_by_one
+from secateur.solvers.compensation import all_at_once, one_by_one, solve_in_rows
 from secateur.solvers.gram import cholesky
 from secateur.solvers.ladder import FLOAT64, NO_TUNING, climbed
 from secateur.solvers.ladder import inverse as inverse_matrix
@@ -36,6 +36,8 @@ from secateur.sparsity import Pattern
 
 Solution = Literal["S", "M"]
 Scope = Literal["layer", "row"]
+#: Residual that systems may have which only rank what goes next.
+RANKING = 1e-3
 COMPENSATE = {"S": one_by_one, "M": all_at_once}
 
 
@@ -175,6 +177,8 @@ def _removed(
             error = COMPENSATE[how.compensate_by](block, chosen, factor)
         left[:, start:] -= error @ upper[start:end, start:]
         block[chosen] = 0
+    if not pattern.grouped and gone != count:
+        raise ArithmeticError("scores of weights to remove overflowed")
     return Sparse(left.float(), mask)
 
 
@@ -202,38 +206,44 @@ def _choose(block: torch.Tensor, factor: torch.Tensor, count: int, how: Removal)
     scores = _scores(block, factor, how.shrinking)
     rounds = how.rounds if how.mask_by == "M" else 1
     mask = torch.zeros_like(block, dtype=torch.bool)
+    after = _After(block, factor.T @ factor) if rounds > 1 else None
     for number in range(1, rounds + 1):
         scores[mask] = torch.inf
         mask |= pick(scores, round(count * number / rounds) - int(mask.sum()))
-        if number < rounds:
-            weights, diagonal = _after(block, mask, factor.T @ factor)
-            scores = weights.square() / diagonal
+        if after is not None and number < rounds:
+            scores = after.scores(mask)
     return mask
 
 
-def _after(
-    block: torch.Tensor, mask: torch.Tensor, inverse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights, and the diagonal of each row's inverse, when a mask is gone, both (p, B).
+class _After:
+    """Scores of what is left when a mask is gone and made up for, w_j^2 over its inverse's K'_jj.
 
-    After P is gone and made up for, the weights are w - w_P [K_PP]^-1 K_P,: and their inverse is
-    K - K_:P [K_PP]^-1 K_P,:, whose diagonal is all that scores need.
+    The weights are then w - w_P [K_PP]^-1 K_P,: and their inverse is K' = K - K_:P [K_PP]^-1 K_P,:.
+    Its diagonal would take a factor of K_PP for each row, and it only ranks what may go next. So
+    it is K_jj times 1 - r_ij^2 of every i in P, r being K as correlations: right for one weight, or
+    for weights that do nothing to each other, never negative, and one product for all rows. The
+    masks lose what those of the whole inverse lose (docs/apt.md).
+
+    Args:
+        block: w, (p, B).
+        inverse: K, (B, B).
     """
-    weights = block.clone()
-    diagonal = inverse.diagonal().expand_as(block).clone()
-    extended = torch.nn.functional.pad(inverse, (0, 0, 0, 1))
 
-    def use(rows: torch.Tensor, index: torch.Tensor, factors: torch.Tensor) -> None:
-        # The inverse of small factors and a product: faster than solving for B columns.
-        unit = torch.eye(index.shape[1], dtype=factors.dtype, device=factors.device)
-        inner = torch.linalg.solve_triangular(factors, unit.expand_as(factors), upper=False)
-        half = inner @ extended[index]  # (r, n, B)
-        first = inner @ entries(block[rows], index).unsqueeze(-1)
-        weights[rows] -= (first.transpose(1, 2) @ half)[:, 0]
-        diagonal[rows] -= half.square().sum(1)
+    def __init__(self, block: torch.Tensor, inverse: torch.Tensor) -> None:
+        self.block = block
+        self.inverse = inverse
+        self.alone = inverse.diagonal()
+        squares = inverse.square() / torch.outer(self.alone, self.alone)
+        self.logs = torch.log1p(-squares.fill_diagonal_(0).clamp_(max=1 - 1e-6))
+        self.solved: torch.Tensor | None = None
 
-    in_batches(inverse, mask, use, wide=True)
-    return weights, diagonal.clamp(min=torch.finfo(diagonal.dtype).tiny)
+    def scores(self, mask: torch.Tensor) -> torch.Tensor:
+        """Of every weight, (p, B), for a mask that holds the one asked before."""
+        self.solved = solve_in_rows(
+            self.inverse, mask, self.block, start=self.solved, share=RANKING
+        )  # fmt: skip
+        diagonal = (mask.to(self.block.dtype) @ self.logs).exp_().mul_(self.alone)
+        return (self.block - self.solved @ self.inverse).square_().div_(diagonal)
 
 
 def _choose_groups(
