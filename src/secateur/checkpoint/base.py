@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from secateur.errors import SourceError
+from secateur.finite import all_finite
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -96,7 +97,7 @@ class Checkpoint(ABC):
         """
         tensor = self._load(name)
         if tensor.is_floating_point():
-            if not bool(torch.isfinite(tensor).all()):
+            if not all_finite(tensor):
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise SourceError(
                     f"tensor {name} in {self.tensors[name].file.name} holds {bad} NaN or infinite "

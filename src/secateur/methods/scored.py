@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from secateur.anatomy import Anatomy
 from secateur.errors import RecipeError
+from secateur.finite import all_finite
 from secateur.methods.base import Block, Share, Shares
 from secateur.methods.units import Units, group_width
 from secateur.plans import BlockCut
@@ -88,7 +89,7 @@ class Scored(Units):
 
     def _finite_scores(self, block: Block) -> Scores:
         found = self.scores(block)
-        if not all(bool(torch.isfinite(scores).all()) for scores in found.values()):
+        if not all(all_finite(scores) for scores in found.values()):
             raise ArithmeticError("scores of its units are not finite")
         return found
 

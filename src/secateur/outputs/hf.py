@@ -14,6 +14,7 @@ from secateur.checkpoint import Checkpoint
 from secateur.checkpoint.base import linked_away
 from secateur.checkpoint.writer import write_bytes, write_json, write_tensors
 from secateur.errors import OutputError
+from secateur.finite import all_finite
 from secateur.modules import MODELING_FILE, kind_of, modeling_file, pruned_type
 from secateur.plans import BlockCut, Plan, Tensors
 from secateur.slicing import slice_block
@@ -123,7 +124,7 @@ def check_range(tensors: Tensors, dtype: torch.dtype, where: str, *, or_else: st
         OutputError: names the tensor.
     """
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             short = str(dtype).removeprefix("torch.")
             raise OutputError(
                 f"{name} of {where} has weights too large for {short}: repeat the command with "

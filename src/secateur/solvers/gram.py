@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 
+from secateur.finite import all_finite
 from secateur.solvers.ladder import (
     DAMPINGS,
     FLOAT64,
@@ -150,7 +151,7 @@ def cholesky(g: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor,
     Raises:
         ArithmeticError: G is not finite.
     """
-    if not bool(torch.isfinite(g).all()):
+    if not all_finite(g):
         raise ArithmeticError("the Gram matrix is not finite")
     for step in DAMPINGS:
         matrix = damped(g, share * step)

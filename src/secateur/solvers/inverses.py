@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from secateur.finite import all_finite
 from secateur.solvers.gram import PANEL, cholesky, cholesky_in_place, inverse_of
 from secateur.solvers.ladder import DAMPINGS, MORE_DAMPING, climbed
 from secateur.statistics import Moments
@@ -81,7 +82,7 @@ class InverseOfFew(Inverse):
         rows = self._stored().double()
         tokens, width = rows.shape
         inner = rows @ rows.T
-        if not bool(torch.isfinite(inner).all()):
+        if not all_finite(inner):
             raise ArithmeticError("the tokens are not finite")
         mean = float(inner.trace()) / (tokens * width)
         for step in DAMPINGS:

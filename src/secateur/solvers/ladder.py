@@ -25,6 +25,8 @@ from dataclasses import dataclass
 
 import torch
 
+from secateur.finite import all_finite
+
 MORE_DAMPING = "more damping"
 FLOAT64 = "float64"
 LEAST_SQUARES = "least squares"
@@ -112,7 +114,7 @@ def solve(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _finite(*tensors: torch.Tensor) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    return all(all_finite(tensor) for tensor in tensors)
 
 
 def _pseudoinverse(matrix: torch.Tensor) -> torch.Tensor:

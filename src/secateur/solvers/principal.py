@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from secateur.finite import all_finite
 from secateur.solvers.ladder import LEAST_SQUARES, climbed
 
 #: Tokens whose outer products are summed in one float64 product.
@@ -51,7 +52,7 @@ def principal_directions(
     Raises:
         ArithmeticError: C is not finite.
     """
-    if not bool(torch.isfinite(second).all()):
+    if not all_finite(second):
         raise ArithmeticError("the second moment of the hidden states is not finite")
     width = len(second)
     damping = DAMPING * float(second.diagonal().mean())

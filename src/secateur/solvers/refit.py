@@ -16,6 +16,7 @@ from functools import cached_property
 
 import torch
 
+from secateur.finite import all_finite
 from secateur.solvers.ladder import DAMPINGS, MORE_DAMPING, NO_TUNING, climbed
 from secateur.statistics import Moments
 
@@ -212,7 +213,7 @@ def _with_a_pull(
     """
     for step in DAMPINGS:
         found = solved(step)
-        if found is not None and bool(torch.isfinite(found).all()):
+        if found is not None and all_finite(found):
             if step > 1:
                 climbed(MORE_DAMPING, f"a pull of {pull * step:g}")
             return found

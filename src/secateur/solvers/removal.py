@@ -27,6 +27,7 @@ from typing import Literal
 
 import torch
 
+from secateur.finite import all_finite
 from secateur.solvers.compensation import all_at_once, one_by_one, solve_in_rows
 from secateur.solvers.gram import cholesky
 from secateur.solvers.ladder import FLOAT64, NO_TUNING, climbed
@@ -137,7 +138,7 @@ def remove(
             if dtype is torch.float64:
                 raise
         else:
-            if bool(torch.isfinite(found.weight).all()):
+            if all_finite(found.weight):
                 return found
         if dtype is torch.float32:
             climbed(FLOAT64)

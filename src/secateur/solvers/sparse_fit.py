@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from secateur.finite import all_finite
 from secateur.solvers.ladder import NO_TUNING, climbed
 from secateur.solvers.refit import sample_of_rows
 
@@ -92,7 +93,7 @@ def polish(
         new = (residual * along).sum(1, keepdim=True)
         direction = along + (new / height.clamp(min=tiny)) * direction
         height = new
-    if bool(torch.isfinite(x).all()):
+    if all_finite(x):
         return x
     climbed(NO_TUNING, "the fit overflowed")
     return weight
