@@ -91,9 +91,9 @@ def test_operations_of_cuts_are_counted_layer_by_layer(model_folder: Folder) -> 
     assert method("sparsegpt", "50%").solving(anatomy, tokens) == grams + columns
     single = method("apt", "50%", solution="SS").solving(anatomy, tokens)
     assert single == grams + columns
-    # Blocks of 16 columns lose 8 of each row: a system of 8 equations; four products behind them.
+    # Sixteen products of all rows with the inverse of 16 columns; four products behind them.
     many = method("apt", "50%", solution="SM", block=16, polish=4, pull=0.1)
-    systems = sum(p * (q / 16) * 8**3 / 3 for p, q in shapes)
+    systems = sum(16 * 2 * p * q * 16 for p, q in shapes)
     polish = sum(4 * 2 * p * q**2 for p, q in shapes)
     assert many.solving(anatomy, tokens) == pytest.approx(grams + columns + systems + polish)
     searched = method("apt", "50%", solution="SM", block=16, polish=4).solving(anatomy, tokens)
@@ -174,3 +174,31 @@ def test_a_second_pass_is_whole_where_too_much_would_be_kept(model_folder: Folde
     assert second_pass(method("comp", groups="keep"), anatomy, 10) == 0
     assert kept_bytes(method("wanda", "50%", scope="block"), anatomy, 10) == 0
     assert kept_bytes(method("wanda", "50%", scope="sublayer"), anatomy, 10) == 4 * 10 * 32
+
+
+def test_comp_factors_a_matrix_of_all_inputs_however_few_the_tokens(model_folder: Folder) -> None:
+    anatomy = Stream(open_checkpoint(model_folder("llama-gqa-tied"))).anatomy
+    heads, neurons = (anatomy.denses[n] for n in anatomy.consumers("values", "neurons"))
+    for tokens in (2, 1000):
+        wanted = sum(
+            (d.rows + tokens) * d.inputs**2 + 2 / 3 * d.inputs**3 for d in (heads, neurons)
+        )
+        found = method("comp").solving(anatomy, tokens)
+        assert found == pytest.approx(wanted)
+
+
+def test_gradients_stand_beside_a_block_that_is_not_cut_yet(model_folder: Folder) -> None:
+    anatomy = Stream(open_checkpoint(model_folder("llama-gqa-tied"))).anatomy
+
+    def parts(asked: Method) -> dict[str, int]:
+        return estimate(
+            anatomy, set(), windows=1, length=64, hidden=32, vocabulary=8, passes=1,
+            gradients=asked.gradients_held,
+        ).parts  # fmt: skip
+
+    first, second = method("llm-pruner"), method("llm-pruner", score="param_second")
+    cut = 10 * anatomy.block_parameters  # weights in float32 and what is written of them
+    for asked, copies in ((first, 3), (second, 4)):  # the block, a call's, and one or two sums
+        found = parts(asked)
+        assert found["a block and its matrices"] == cut
+        assert found["gradients of a block"] == copies * 4 * anatomy.block_parameters - cut

@@ -111,7 +111,7 @@ def estimate(
     kept: int = 0,
     overhead: int = 0,
     whole: bool = False,
-    gradients: bool = False,
+    gradients: int = 0,
     waits: bool = False,
 ) -> Estimate:
     """Estimate one run from counts of bytes and operations and a short measurement.
@@ -125,7 +125,8 @@ def estimate(
         kept: bytes of activations that a block keeps for a second pass.
         overhead: bytes that the open checkpoint takes.
         whole: whether the model writes windows itself, and is in memory as a whole for that.
-        gradients: whether the loss is passed back through the model; its work is in ``passes``.
+        gradients: of a block, how many copies are held while the loss is passed back through the
+            model; the work of that is in ``passes``.
         waits: whether a large block is read again instead of kept while it is cut.
     """
     tokens = windows * length
@@ -160,8 +161,9 @@ def estimate(
     }
     if whole:
         parts["the whole model, to write text"] = 4 * anatomy.parameters
-    if gradients:  # of one call, their sum and the sum of their squares
-        parts["gradients of a block"] = 4 * 3 * anatomy.block_parameters
+    if gradients:  # beside the block alone: it is not cut meanwhile
+        survey = 4 * (1 + gradients) * anatomy.block_parameters
+        parts["gradients of a block"] = max(0, survey - matrices)
     forward = 2 * tokens * (anatomy.decoder_parameters * passes + vocabulary * hidden * heads)
     read = 4 * anatomy.parameters * passes / 1e9
     return Estimate(parts, (forward + solving) / _matrix_rate() + read + 10)

@@ -18,6 +18,9 @@ from secateur.solvers.refit import ROWS_PER_SAMPLE
 from secateur.solvers.removal import Removal, Sparse, remove, without_dead
 from secateur.solvers.sparse_fit import PULLS, STEPS_PER_PULL, best_pull, polish
 
+#: Steps of conjugate gradients that a block's systems take on real layers, solved and to rank.
+STEPS, STEPS_TO_RANK = 16, 6
+
 
 class AptOptions(SparseOptions):
     """Settings of APT."""
@@ -75,8 +78,9 @@ class Apt(SparseMethod):
             removal_sets(self.pattern.kept, self.pattern.group)  # says where there are too many
 
     def layer_work(self, rows: int, inputs: int) -> float:
-        """A system for each row and block of columns, their update, and the fit behind them.
+        """Systems of each block of columns, their update, and the fit behind them.
 
+        A step of conjugate gradients is a product of all rows with the block's inverse.
         The fit takes a product of (p, q) with (q, q) a step, and the search for its pull as many
         with an eighth of the rows.
         """
@@ -85,8 +89,10 @@ class Apt(SparseMethod):
         if options.solution[1] == "S":
             return found + update
         width = inputs if options.block == "all" else min(options.block, inputs)
-        gone = round(width * self.pattern.share)
-        systems = rows * (inputs / width) * min(gone, width - gone) ** 3 / 3
+        taken = STEPS
+        if options.solution[0] == "M" and not self.pattern.grouped:
+            taken += (options.rounds - 1) * STEPS_TO_RANK
+        systems = taken * 2.0 * rows * inputs * width
         steps = options.polish
         if options.polish and options.pull == "auto":
             steps += len(PULLS) * STEPS_PER_PULL // ROWS_PER_SAMPLE

@@ -219,6 +219,14 @@ class Method(AnyMethod):
         return layers
 
     @property
+    def gradients_held(self) -> int:
+        """In a survey by gradients: how many times a block's gradients are in memory at once.
+
+        Those of a call, their sum and the sum of their squares; fewer where a survey keeps less.
+        """
+        return 3
+
+    @property
     def windows_per_gradient(self) -> int | None:
         """In a survey by gradients: windows whose gradients come as one sum; None: as many as fit.
 

@@ -58,6 +58,14 @@ class Comp(Structured):
     def signals_cut(self) -> set[str]:
         return DENSES[self.options.denses]
 
+    def solving(self, anatomy: Anatomy, tokens: int) -> float:
+        """W^T W and X^T X, of which halves mirror each other, and the factor of G in float64."""
+        found = 0.0
+        for name in self._denses(anatomy):
+            rows, width = anatomy.denses[name].rows, anatomy.denses[name].inputs
+            found += (rows + tokens) * width**2 + 2 * width**3 / 3
+        return found
+
     def _removed(self, anatomy: Anatomy, inputs: dict[str, torch.Tensor]) -> int:
         if self.options.count == "columns":  # the paper's own accounting: p per column
             return sum(

@@ -59,6 +59,10 @@ class LlmPruner(ByGradient):
         return ORDERS[self.options.score]
 
     @property
+    def gradients_held(self) -> int:
+        return 2 if self._order == "first" else 3
+
+    @property
     def windows_per_gradient(self) -> int | None:
         return None if self._order == "first" else 1  # squares are of each window
 
