@@ -25,7 +25,7 @@ from secateur.sparsity import parse_sparsity
 WAYS = {
     "sparsegpt": Removal("S", "S", 128, 0.01, shrinking=True),
     "apt SM": Removal("S", "M", 128, 0.1),
-    "apt MM": Removal("M", "M", 128, 0.1, rounds=2),
+    "apt MM": Removal("M", "M", 128, 0.1, rounds=4),
 }
 PLAIN_ROWS = 4
 T = TypeVar("T")

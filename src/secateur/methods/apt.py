@@ -39,10 +39,10 @@ class AptOptions(SparseOptions):
         0.1, gt=0, description="of H where the mask is chosen, as a share of mean diag H"
     )
     rounds: int = Field(
-        2,
+        4,
         ge=1,
-        description="parts in which an unstructured mask by M is chosen, each scored anew on what "
-        "the others leave",
+        description="parts in which an unstructured mask by M is chosen, each smaller than the one "
+        "before and scored anew on what the others leave",
     )
     compete: Literal["layer", "row"] = Field(
         "layer", description="unstructured weights compete in the whole layer, or in their row"

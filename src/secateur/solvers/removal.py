@@ -49,7 +49,7 @@ class Removal:
     Attributes:
         mask_by: S scores each weight alone, w^2 / 2 Hi_jj (APT, Eq. 14). M counts what removed
             weights do to each other (Eq. 12): N:M compares every pattern of a group; unstructured
-            takes the mask in ``rounds`` and scores what is left anew after each.
+            takes the mask in ``rounds``, ever smaller ones, and scores what is left anew after each.
         compensate_by: S column by column, M all of a block at once (Eq. 11).
         block: columns of a block; None: all.
         damping: added to H, as a share of mean diag H.
@@ -202,7 +202,11 @@ def _scores(block: torch.Tensor, factor: torch.Tensor, shrinking: bool) -> torch
 
 
 def _choose(block: torch.Tensor, factor: torch.Tensor, count: int, how: Removal) -> torch.Tensor:
-    """An unstructured mask; by M in equal parts, each scored on what those before have left."""
+    """An unstructured mask; by M in parts, each scored on what those before have left.
+
+    Parts get smaller: what is decided last hangs most on what is gone by then. Of four rounds the
+    first takes 44%, the last 6%, and that loses less than eight rounds alike (docs/apt.md).
+    """
     pick = lowest if how.scope == "layer" else lowest_in_rows
     scores = _scores(block, factor, how.shrinking)
     rounds = how.rounds if how.mask_by == "M" else 1
@@ -210,7 +214,8 @@ def _choose(block: torch.Tensor, factor: torch.Tensor, count: int, how: Removal)
     after = _After(block, factor.T @ factor) if rounds > 1 else None
     for number in range(1, rounds + 1):
         scores[mask] = torch.inf
-        mask |= pick(scores, round(count * number / rounds) - int(mask.sum()))
+        left = 1 - number / rounds
+        mask |= pick(scores, round(count * (1 - left**2)) - int(mask.sum()))
         if after is not None and number < rounds:
             scores = after.scores(mask)
     return mask
