@@ -49,7 +49,7 @@ class Removal:
     Attributes:
         mask_by: S scores each weight alone, w^2 / 2 Hi_jj (APT, Eq. 14). M counts what removed
             weights do to each other (Eq. 12): N:M compares every pattern of a group; unstructured
-            takes the mask in ``rounds``, ever smaller ones, and scores what is left anew after each.
+            takes the mask in ``rounds``, ever smaller, and scores what is left anew after each.
         compensate_by: S column by column, M all of a block at once (Eq. 11).
         block: columns of a block; None: all.
         damping: added to H, as a share of mean diag H.
