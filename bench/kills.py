@@ -80,14 +80,15 @@ def work(pipe: int, arguments: list[str]) -> int:
     from secateur.checkpoint.writer import Journal
     from secateur.engine import Engine
     from secateur.fit_text import FitText
+    from secateur.inside import Inside
     from secateur.outputs import hf
 
     teller = Teller(pipe)
     for owner, name, stage in (
         (Engine, "choose_layers", "layer stage"),
         (FitText, "windows", "windows of text"),
-        (Engine, "look", "statistics"),
-        (Engine, "_cut_block", "solve"),
+        (Inside, "look", "statistics"),
+        (Inside, "cut", "solve"),
         (pruning.Blocks, "cut", "blocks at workers"),
         (hf, "write_block", "shard write"),
         (pruning, "write_cut", "shard write"),

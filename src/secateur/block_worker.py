@@ -111,7 +111,7 @@ class BlockWorker:
         stream, share = self._run.stream, Share(parameters, lose, units)
         with listening() as self._steps:
             with stream.block(layer) as module:
-                block, _ = engine.look(layer, module, hidden, share, late, passes=False)
+                block, _ = engine.inside.look(layer, module, hidden, share, late, passes=False)
                 self._state = None if stream.large else state_of(module)
             del hidden
             if stream.large:  # it waits in the file while its layers are solved
@@ -154,7 +154,7 @@ class BlockWorker:
         steps = list(dict.fromkeys([*self._steps, *steps]))
         if steps:
             cut.notes[STEPS] = texts(steps)
-        self._cut = self._run.engine.checked(cut)
+        self._cut = self._run.engine.inside.checked(cut)
         del self._block
         return block_removed(self._run.stream.anatomy, self._cut)
 

@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from secateur.errors import RecipeError
 from secateur.fit_text import FitText
+from secateur.inside import Inside
 from secateur.layers import LayerChoice, Round, by_influence, by_loss
 from secateur.masking import masked, state_of
-from secateur.methods import Block, Method, Share, Shares
-from secateur.numerics import cut_by, noting_steps
-from secateur.plans import BlockCut, Plan, Tensors, block_removed, check_cut
+from secateur.methods import Method, Shares
+from secateur.plans import BlockCut, Plan, Tensors, block_removed
 from secateur.progress import Progress
-from secateur.recording import Enough
 from secateur.replaying import Passed
-from secateur.statistics import Channels, Moments, gather
 from secateur.streaming import Stream
 from secateur.surveys import by_gradients, by_statistics
 
@@ -61,6 +57,7 @@ class Engine:
         self.dtype = dtype
         self.progress = progress
         self.trials: list[dict[str, float]] = []
+        self.inside = Inside(stream, method, seed=seed, dtype=dtype)
         self.text = FitText(stream, method, seed=seed, progress=progress)
 
     # ---- whole blocks ------------------------------------------------------------------------
@@ -181,11 +178,11 @@ class Engine:
         surveys = {}
         if method.looks_ahead and method.survey_by == "gradients":
             surveys = by_gradients(
-                self.stream, method, tokens, choice.layers, self.block, self.progress
+                self.stream, method, tokens, choice.layers, self.inside.block, self.progress
             )
         elif method.looks_ahead:
             surveys = by_statistics(
-                self.stream, method, tokens, choice.layers, self.look, self.progress
+                self.stream, method, tokens, choice.layers, self.inside.look, self.progress
             )
         return method.allocate(anatomy, choice.layers, choice.importances, surveys, rest)
 
@@ -216,7 +213,7 @@ class Engine:
         probed = self.stream.embed(probe) if probe is not None else None
         open_ = [layer for layer in layers if layer not in done]
         # Behind these, nothing needs what blocks put out, or nothing needs the blocks at all.
-        last_read = max((i for i in open_ if self.signals(shares[i].parameters)), default=-1)
+        last_read = max((i for i in open_ if self.inside.signals(shares[i].parameters)), default=-1)
         last_cut = max(open_, default=-1)
         windows, late = self.text.windows(tokens) if last_read >= 0 else (None, 0)
         hidden = self.stream.embed(windows) if windows is not None else None
@@ -236,10 +233,10 @@ class Engine:
                 tokens_here = 0 if hidden is None else hidden.shape[:2].numel()
                 passed = Passed(self.method, plan.anatomy, tokens_here)
                 if layer in done:
-                    cut, out = done[layer], self._pass_done(layer, module, hidden, passed)
+                    cut, out = done[layer], self.inside.pass_done(layer, module, hidden, passed)
                 else:
                     share = replace(shares[layer], parameters=quota)
-                    cut, out = self._cut_block(layer, module, hidden, share, late, passed)
+                    cut, out = self.inside.cut(layer, module, hidden, share, late, passed)
                 plan.blocks.append(cut)
                 if shares[layer].parameters:
                     missed = quota - block_removed(plan.anatomy, cut)
@@ -255,7 +252,7 @@ class Engine:
                             cut.weights = cut.weights if sink is not None else {}
                         if again:
                             with passed.replayed(module, cut):
-                                out = self._pass_on(layer, module, hidden)
+                                out = self.inside.pass_on(layer, module, hidden)
                 hidden = out
                 del state  # else it stays until the next block's takes its place
             self.progress.step(f"block {layer}")
@@ -263,155 +260,6 @@ class Engine:
         if probe_out is not None and probed is not None:
             probe_out.append(probed)
         return plan
-
-    def look(
-        self,
-        layer: int,
-        module: torch.nn.Module,
-        hidden: torch.Tensor | None,
-        share: Share | None = None,
-        late: int = 0,
-        only: set[str] | None = None,
-        passes: bool = True,
-    ) -> tuple[Block, torch.Tensor | None]:
-        """A block as a method sees it, with statistics, and what it puts out.
-
-        Args:
-            share: what the block shall lose; without it, as for a survey, statistics are taken.
-            late: windows at the end whose statistics are also kept apart.
-            only: signals of which statistics are taken; without it, all that the method wants.
-            passes: whether what it puts out is wanted. Else it runs as far as statistics need.
-        """
-        anatomy, method = self.stream.anatomy, self.method
-        signals = self.signals(1 if share is None else share.parameters)
-        signals = signals if only is None else signals & only
-        readers = {signal: anatomy.by_signal[signal][0] for signal in sorted(signals)}
-        behind = {s: place for s in readers if (place := anatomy.behind(s)) is not None}
-        apart = None
-        if hidden is not None and late and readers:
-            windows, length = hidden.shape[:2]
-            apart = (windows - late) * length
-        moments: dict[str, Moments] = {}
-        held_out: dict[str, Moments] = {}
-        channels: dict[str, Channels] = {}
-        run = self._pass_on if passes else self._pass_in
-        hidden = hidden if passes or readers else None
-        if method.needs == "moments":
-            with gather(
-                module, readers, Moments, apart, behind, method.relative(anatomy), not passes
-            ) as (moments, held_out):
-                out = run(layer, module, hidden)
-        else:
-            with gather(module, readers, Channels, behind=behind, only=not passes) as (channels, _):
-                out = run(layer, module, hidden)
-        block = self.block(
-            layer,
-            module,
-            moments=moments,
-            held_out=held_out if apart is not None else {},
-            channels=channels,
-            lose={} if share is None else share.inputs,
-            units={} if share is None else share.units,
-        )
-        return block, out
-
-    def block(self, layer: int, module: torch.nn.Module, **seen: Any) -> Block:
-        """A block with its weights, and what else is seen of it by the names of :class:`Block`."""
-        anatomy = self.stream.anatomy
-        own = {name: module.get_submodule(name) for name in anatomy.denses}
-        return Block(
-            layer,
-            anatomy,
-            {name: dense.get_parameter("weight").detach() for name, dense in own.items()},
-            generator=torch.Generator().manual_seed(self.seed * 100_003 + layer),
-            biases={
-                n: d.get_parameter("bias").detach()
-                for n, d in own.items()
-                if anatomy.denses[n].bias
-            },
-            **{"moments": {}, **seen},
-        )
-
-    def signals(self, quota: int) -> set[str]:
-        """Signals whose statistics the cut of a block needs."""
-        return self.method.signals(self.stream.anatomy) if self._cuts(quota) else set()
-
-    def _cuts(self, quota: int) -> bool:
-        """Whether anything is looked for in a block that shall lose so much."""
-        return quota > 0 or self.method.cuts_every_block
-
-    def _pass_on(
-        self, layer: int, module: torch.nn.Module, hidden: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """What a block puts out, where anything behind it needs that."""
-        return None if hidden is None else self.stream.forward_block(layer, module, hidden)
-
-    def _pass_done(
-        self, layer: int, module: torch.nn.Module, hidden: torch.Tensor | None, passed: Passed
-    ) -> torch.Tensor | None:
-        """The first pass of a block that an earlier run has cut."""
-        if self.method.identical_inputs:
-            return self._pass_on(layer, module, hidden)
-        if passed.before_cut:
-            with passed.noted(module):
-                self._pass_in(layer, module, hidden)
-        return None
-
-    @torch.no_grad()
-    def _pass_in(self, layer: int, module: torch.nn.Module, hidden: torch.Tensor | None) -> None:
-        """Run a block for what is gathered inside, which may end its calls before their end."""
-        if hidden is not None:
-            for batch in self.stream.batches(hidden):
-                with suppress(Enough):
-                    self.stream.call_block(layer, module, batch)
-
-    @noting_steps
-    def _cut_block(
-        self,
-        layer: int,
-        module: torch.nn.Module,
-        hidden: torch.Tensor | None,
-        share: Share,
-        late: int,
-        passed: Passed,
-    ) -> tuple[BlockCut, torch.Tensor | None]:
-        """The cut of a block; what it puts out, where blocks behind it read that of the whole."""
-        anatomy = self.stream.anatomy
-        stages = self.method.stages(anatomy) if hidden is not None and share.parameters else []
-        passes = self.method.identical_inputs  # else what is left of it is run again
-        state = state_of(module) if stages else {}
-        cut = BlockCut(layer)
-        for number, only in enumerate(stages or [None], 1):
-            with ExitStack() as stack:
-                if number > 1:
-                    stack.enter_context(masked(self.stream, module, state, cut, self.dtype))
-                if number >= len(stages):
-                    stack.enter_context(passed.noted(module))
-                block, out = self.look(layer, module, hidden, share, late, only, passes)
-            # What the block puts out is known now; a large one waits while its layers are solved.
-            waits = self.stream.large and not stages and self._cuts(share.parameters)
-            aside = self.stream.set_aside(layer, module) if waits else nullcontext(block.weights)
-            with aside as weights:
-                block = replace(block, weights=weights)
-                cut = cut.joined(cut_by(self.method, block, share.parameters, self.dtype))
-        if stages:
-            module.load_state_dict(
-                {k: v.to(self.stream.device) for k, v in state.items()}, assign=True
-            )
-        return self.checked(cut), out
-
-    def checked(self, cut: BlockCut) -> BlockCut:
-        """The cut with its tensors on the CPU.
-
-        Raises:
-            PlanError: it says what no block can be; nothing has been written by it.
-        """
-        for named in (cut.inputs, cut.scales, cut.rows, cut.biases):
-            named.update({name: tensor.cpu() for name, tensor in named.items()})
-        cut.weights = {name: tensor.cpu() for name, tensor in cut.weights.items()}
-        cut.groups = cut.groups.cpu() if cut.groups is not None else None
-        check_cut(self.stream.anatomy, cut)
-        return cut
 
 
 def _held_out(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

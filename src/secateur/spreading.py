@@ -163,7 +163,7 @@ class Blocks:
         """Run the uncut model; yields each open block when that which goes into it is on disk."""
         run, engine = self._run, self._run.engine
         open_ = [layer for layer in self._layers if layer not in self._done]
-        reads = [i for i in open_ if engine.signals(self._shares[i].parameters)]
+        reads = [i for i in open_ if engine.inside.signals(self._shares[i].parameters)]
         last = max(reads, default=-1)
         windows = None
         if reads:
@@ -203,7 +203,7 @@ class Blocks:
 
     def _through(self, layer: int) -> dict[str, Any]:
         share, folder = self._shares[layer], self._journal.folder
-        reads = bool(self._run.engine.signals(share.parameters))
+        reads = bool(self._run.engine.inside.signals(share.parameters))
         worker = self._worker()
         worker.ask(
             "look",
