@@ -17,7 +17,7 @@ from secateur.solvers.refit import sample_of_rows
 #: Pulls that are tried, as shares of mean diag H.
 PULLS = (0.03, 0.1, 0.3, 1.0, 3.0)
 #: Steps between two of them: each starts from the one before.
-STEPS_PER_PULL = 5
+STEPS_PER_PULL = 3
 
 
 def best_pull(
