@@ -61,7 +61,7 @@ def plain(weight: torch.Tensor, second: torch.Tensor, mask: torch.Tensor) -> Non
 
 def fit(found: Sparse, weight: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     pull = best_pull(found.weight, found.mask, weight, second, second)
-    return polish(found.weight, found.mask, weight, second, pull=pull, steps=6)
+    return polish(found.weight, found.mask, weight, second, pull=pull, steps=8)
 
 
 def measure(rows: int, width: int, text: str, repeats: int) -> None:

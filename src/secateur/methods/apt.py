@@ -48,7 +48,7 @@ class AptOptions(SparseOptions):
         "layer", description="unstructured weights compete in the whole layer, or in their row"
     )
     polish: int = Field(
-        6,
+        8,
         ge=0,
         description="steps of conjugate gradients on all kept weights behind the blocks, where "
         "compensation is by M",
