@@ -16,7 +16,13 @@ from secateur.methods.sparse import SparseMethod, SparseOptions
 from secateur.solvers.patterns import removal_sets
 from secateur.solvers.refit import ROWS_PER_SAMPLE
 from secateur.solvers.removal import Removal, Sparse, remove, without_dead
-from secateur.solvers.sparse_fit import PULLS, STEPS_PER_PULL, best_pull, polish
+from secateur.solvers.sparse_fit import (
+    FIRST_STEPS,
+    PULLS,
+    STEPS_PER_PULL,
+    best_pull,
+    polish,
+)
 
 #: Steps of conjugate gradients that a block's systems take on real layers, solved and to rank.
 STEPS, STEPS_TO_RANK = 16, 6
@@ -95,7 +101,8 @@ class Apt(SparseMethod):
         systems = taken * 2.0 * rows * inputs * width
         steps = options.polish
         if options.polish and options.pull == "auto":
-            steps += len(PULLS) * STEPS_PER_PULL // ROWS_PER_SAMPLE
+            search = FIRST_STEPS + (len(PULLS) - 1) * STEPS_PER_PULL
+            steps += search // ROWS_PER_SAMPLE
         return found + systems + update + steps * 2 * rows * inputs**2
 
     def sparse(self, block: Block, name: str, weight: torch.Tensor, count: int) -> torch.Tensor:

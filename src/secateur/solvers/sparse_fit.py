@@ -16,8 +16,8 @@ from secateur.solvers.refit import sample_of_rows
 
 #: Pulls that are tried, as shares of mean diag H.
 PULLS = (0.03, 0.1, 0.3, 1.0, 3.0)
-#: Steps between two of them: each starts from the one before.
-STEPS_PER_PULL = 3
+#: Steps of the first, and between two of them: each starts from the one before.
+FIRST_STEPS, STEPS_PER_PULL = 8, 3
 
 
 def best_pull(
@@ -40,7 +40,8 @@ def best_pull(
     found, least, x = PULLS[0], torch.inf, weight[rows]
     judge = held_out.to(weight.dtype)
     for pull in PULLS:
-        x = polish(x, mask, original, fitted, pull=pull, steps=STEPS_PER_PULL)
+        steps = FIRST_STEPS if pull == PULLS[0] else STEPS_PER_PULL
+        x = polish(x, mask, original, fitted, pull=pull, steps=steps)
         change = x - original
         error = float((change @ judge).mul(change).sum(dtype=torch.float64))
         if error >= least:
