@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from secateur.solvers.conjugate import descend
 from secateur.solvers.ladder import factors
 
 #: Values of the systems that are solved in one batch: 32 MiB in float32.
@@ -17,8 +18,6 @@ VALUES_PER_BATCH = 2**23
 SIZE_STEP = 8
 #: Steps of conjugate gradients before a system is factorised instead.
 MOST_STEPS = 100
-#: Steps between two looks at whether all systems are solved.
-CHECKED_EVERY = 2
 #: A system is solved when its residual has fallen by so many times the rounding of its type.
 TOLERANCE = 8
 
@@ -70,10 +69,9 @@ def solve_in_rows(
 ) -> torch.Tensor:
     """For each row i the solution of A_PP z = b_P, P its set, spread over all columns.
 
-    All rows take the steps of conjugate gradients together, with the diagonal as preconditioner: a
-    step is one product of (p, B) with (B, B), whatever the sets are, and the K of real layers are
-    close enough to diagonal for a dozen of them. Systems that :data:`MOST_STEPS` do not solve are
-    factorised, each by itself.
+    All rows take the steps of conjugate gradients together (:mod:`secateur.solvers.conjugate`);
+    the K of real layers are close enough to diagonal for a dozen of them. Systems that
+    :data:`MOST_STEPS` do not solve are factorised, each by itself.
 
     Args:
         matrix: A, symmetric and positive definite, (B, B).
@@ -90,31 +88,18 @@ def solve_in_rows(
         ArithmeticError: A is not finite.
     """
     inside = sets.to(of.dtype)
-    scale = matrix.diagonal()
-    limits = torch.finfo(of.dtype)
     residual = of * inside
-    enough = (residual.square() / scale).sum(1, keepdim=True)
-    enough *= max(share, TOLERANCE * limits.eps) ** 2
+    enough = (residual.square() / matrix.diagonal()).sum(1, keepdim=True)
+    enough *= max(share, TOLERANCE * torch.finfo(of.dtype).eps) ** 2
     if start is None:
         found = torch.zeros_like(of)
     else:
         found = start.clone()
         residual -= (found @ matrix).mul_(inside)
-    direction = residual / scale
-    height = (residual * direction).sum(1, keepdim=True)
-    for step in range(MOST_STEPS):
-        bent = (direction @ matrix).mul_(inside)
-        length = height / (direction * bent).sum(1, keepdim=True).clamp(min=limits.tiny)
-        found.addcmul_(length, direction)
-        residual.addcmul_(length, bent, value=-1)
-        along = residual / scale
-        new = (residual * along).sum(1, keepdim=True)
-        if step % CHECKED_EVERY == CHECKED_EVERY - 1 and bool((new <= enough).all()):
-            return found
-        direction.mul_(new / height.clamp(min=limits.tiny)).add_(along)
-        height = new
-    hard = (~(height <= enough)).nonzero()[:, 0]  # so that what is not a number is among them
-    found[hard] = _factorised(matrix, sets[hard], of[hard])
+    left = descend(matrix, inside, found, residual, steps=MOST_STEPS, enough=enough)
+    hard = (~(left <= enough)).nonzero()[:, 0]  # so that what is not a number is among them
+    if len(hard):
+        found[hard] = _factorised(matrix, sets[hard], of[hard])
     return found
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from secateur.finite import all_finite
+from secateur.solvers.conjugate import descend
 from secateur.solvers.ladder import NO_TUNING, climbed
 from secateur.solvers.refit import sample_of_rows
 
@@ -78,22 +79,9 @@ def polish(
     """
     matrix = second.float()
     matrix.diagonal().add_(pull * float(second.diagonal().mean()))
-    free = (~mask).to(weight.dtype)
-    scale = matrix.diagonal()
-    tiny = torch.finfo(weight.dtype).tiny
     x = weight.clone()
-    residual = ((original - x) @ matrix) * free
-    direction = residual / scale
-    height = (residual * direction).sum(1, keepdim=True)
-    for _ in range(steps):
-        bent = direction @ matrix
-        length = height / (direction * bent).sum(1, keepdim=True).clamp(min=tiny)
-        x += length * direction
-        residual -= length * bent * free
-        along = residual / scale
-        new = (residual * along).sum(1, keepdim=True)
-        direction = along + (new / height.clamp(min=tiny)) * direction
-        height = new
+    free = (~mask).to(weight.dtype)
+    descend(matrix, free, x, ((original - x) @ matrix).mul_(free), steps=steps)
     if all_finite(x):
         return x
     climbed(NO_TUNING, "the fit overflowed")
