@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from secateur.methods.base import (
-    AnyMethod,
-    Block,
-    Method,
-    Quotas,
-    Share,
-    Shares,
+from secateur.methods.base import AnyMethod, Block, Method, Quotas, Share, Shares
+from secateur.methods.registry import (
     best_method,
     check_makes_zeros,
     get_method,

@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 
 from secateur.anatomy import Anatomy
-from secateur.methods.base import Block, register
+from secateur.methods.base import Block
+from secateur.methods.registry import register
 from secateur.methods.sparse import SparseMethod, SparseOptions
 from secateur.solvers.patterns import removal_sets
 from secateur.solvers.refit import ROWS_PER_SAMPLE

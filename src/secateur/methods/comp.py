@@ -12,7 +12,8 @@ import torch
 from pydantic import Field
 
 from secateur.anatomy import Anatomy
-from secateur.methods.base import Block, register
+from secateur.methods.base import Block
+from secateur.methods.registry import register
 from secateur.methods.structured import Structured, StructuredOptions, short
 from secateur.plans import BlockCut
 from secateur.solvers.gram import GramForm, Order, importance

@@ -13,8 +13,9 @@ import torch
 from pydantic import Field
 
 from secateur.anatomy import Anatomy
-from secateur.methods.base import Block, register
+from secateur.methods.base import Block
 from secateur.methods.by_gradient import ByGradient, GradientOptions
+from secateur.methods.registry import register
 from secateur.methods.scored import Scores
 from secateur.plans import BlockCut
 from secateur.solvers.budget import nearest

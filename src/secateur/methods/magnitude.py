@@ -9,7 +9,8 @@ from pydantic import Field
 
 from secateur.anatomy import Anatomy
 from secateur.errors import RecipeError
-from secateur.methods.base import Block, register
+from secateur.methods.base import Block
+from secateur.methods.registry import register
 from secateur.methods.sparse import SparseMethod, SparseOptions
 
 

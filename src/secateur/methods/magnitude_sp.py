@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from secateur.anatomy import Anatomy
-from secateur.methods.base import Block, register
+from secateur.methods.base import Block
+from secateur.methods.registry import register
 from secateur.methods.scored import Scored, ScoredOptions, Scores, by_unit
 
 

@@ -8,7 +8,8 @@ import torch
 from pydantic import Field
 
 from secateur.anatomy import Anatomy
-from secateur.methods.base import Block, register
+from secateur.methods.base import Block
+from secateur.methods.registry import register
 from secateur.methods.scored import Scored, ScoredOptions, Scores
 
 

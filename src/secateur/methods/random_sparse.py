@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from secateur.anatomy import Anatomy
-from secateur.methods.base import Block, register
+from secateur.methods.base import Block
 from secateur.methods.magnitude import refuse_allocation
+from secateur.methods.registry import register
 from secateur.methods.sparse import SparseMethod, SparseOptions
 
 

@@ -12,7 +12,8 @@ import torch
 from pydantic import Field
 
 from secateur.anatomy import Anatomy, Coupling
-from secateur.methods.base import Block, register
+from secateur.methods.base import Block
+from secateur.methods.registry import register
 from secateur.methods.sparse import SparseMethod, SparseOptions
 from secateur.plans import BlockCut
 from secateur.solvers.permutation import assign, deal

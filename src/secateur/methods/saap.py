@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from secateur.methods.base import Block, register
+from secateur.methods.base import Block
 from secateur.methods.by_gradient import ByGradient, GradientOptions
+from secateur.methods.registry import register
 from secateur.methods.scored import Scores
 from secateur.methods.units import members
 from secateur.solvers.fusion import (

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from secateur.methods.base import register
+from secateur.methods.registry import register
 from secateur.methods.whole_blocks import WholeBlocks
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from secateur.methods.base import register
+from secateur.methods.registry import register
 from secateur.methods.whole_blocks import WholeBlocks
 
 

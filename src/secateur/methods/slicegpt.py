@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from secateur.methods.base import register
+from secateur.methods.registry import register
 from secateur.methods.rotating import Rotating
 from secateur.solvers.principal import principal_directions, second_moment
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
-from secateur.methods.base import Block, register
+from secateur.methods.base import Block
+from secateur.methods.registry import register
 from secateur.methods.sparse import SparseMethod, SparseOptions
 from secateur.solvers.removal import Removal, remove
 

@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from secateur.methods.base import Block, register
+from secateur.methods.base import Block
+from secateur.methods.registry import register
 from secateur.methods.sparse import SparseMethod, SparseOptions
 
 
