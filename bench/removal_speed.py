@@ -17,15 +17,17 @@ from typing import TypeVar
 
 import torch
 
+from secateur.methods.apt import AptOptions
 from secateur.solvers.gram import damped
 from secateur.solvers.removal import Removal, Sparse, inverse_factor, relative_error, remove
 from secateur.solvers.sparse_fit import best_pull, polish
 from secateur.sparsity import parse_sparsity
 
+DEFAULTS = AptOptions()
 WAYS = {
     "sparsegpt": Removal("S", "S", 128, 0.01, shrinking=True),
     "apt SM": Removal("S", "M", 128, 0.1),
-    "apt MM": Removal("M", "M", 128, 0.1, rounds=4),
+    "apt MM": Removal("M", "M", 128, 0.1, rounds=DEFAULTS.rounds),
 }
 PLAIN_ROWS = 4
 T = TypeVar("T")
@@ -61,7 +63,7 @@ def plain(weight: torch.Tensor, second: torch.Tensor, mask: torch.Tensor) -> Non
 
 def fit(found: Sparse, weight: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     pull = best_pull(found.weight, found.mask, weight, second, second)
-    return polish(found.weight, found.mask, weight, second, pull=pull, steps=8)
+    return polish(found.weight, found.mask, weight, second, pull=pull, steps=DEFAULTS.polish)
 
 
 def measure(rows: int, width: int, text: str, repeats: int) -> None:

@@ -230,7 +230,7 @@ class Engine:
                 if layer > last_read:
                     hidden = None
                 again = layer < last_read and not self.method.identical_inputs
-                tokens_here = 0 if hidden is None else hidden.shape[:2].numel()
+                tokens_here = hidden.shape[:2].numel() if again and hidden is not None else 0
                 passed = Passed(self.method, plan.anatomy, tokens_here)
                 if layer in done:
                     cut, out = done[layer], self.inside.pass_done(layer, module, hidden, passed)

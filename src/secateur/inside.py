@@ -67,9 +67,11 @@ class Inside:
         run = self.pass_on if passes else self._run
         hidden = hidden if passes or readers else None
         if method.needs == "moments":
-            with gather(
-                module, readers, Moments, apart, behind, method.relative(anatomy), not passes
-            ) as (moments, held_out):
+            relative = method.relative(anatomy)
+            with gather(module, readers, Moments, apart, behind, relative, only=not passes) as (
+                moments,
+                held_out,
+            ):
                 out = run(layer, module, hidden)
         else:
             with gather(module, readers, Channels, behind=behind, only=not passes) as (channels, _):

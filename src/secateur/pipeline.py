@@ -206,7 +206,7 @@ class Run(Prepared):
             hidden=int(config.hidden_size),
             vocabulary=int(config.vocab_size),
             overhead=self.checkpoint.overhead,
-            gradients=(self.method.gradients_held if self.method.survey_by == "gradients" else 0),
+            gradients=self.method.gradients_held,
             passes=work.passes + text.passes,
             heads=work.heads + text.heads,
             solving=work.cuts * anatomy.layers * self.method.solving(anatomy, tokens),

@@ -116,17 +116,16 @@ def second_pass(method: Method, anatomy: Anatomy, tokens: int) -> float:
     """
     if method.identical_inputs or not method.signals(anatomy):
         return 0.0
-    if not kept_bytes(method, anatomy, tokens):
+    parts = parts_of(anatomy)
+    if parts is None or not kept_bytes(method, anatomy, tokens):
         return 1.0
-    neurons = anatomy.coupling("neurons")
-    consumer = anatomy.denses[neurons.consumer]
     if method.stages(anatomy):
-        runs = [consumer, *(anatomy.denses[name] for name in neurons.producers)]
-    elif method.signals(anatomy) == {consumer.reads}:
-        runs = [consumer]
+        runs = parts.changed
+    elif method.signals(anatomy) == {anatomy.denses[parts.consumer].reads}:
+        runs = frozenset({parts.consumer})
     else:
         return 1.0
-    return sum(dense.parameters for dense in runs) / anatomy.block_parameters
+    return sum(anatomy.denses[name].parameters for name in runs) / anatomy.block_parameters
 
 
 class Passed:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from secateur.finite import all_finite
 from secateur.recording import Enough
 from secateur.solvers.ladder import FLOAT64, climbed, solving_for
 
@@ -23,7 +24,7 @@ def _product(x: torch.Tensor) -> torch.Tensor:
     """x^T x of tokens (t, q), in float32 where that holds it."""
     product = _by_panels(x)
     # By Cauchy and Schwarz no other entry is larger than the largest of the diagonal.
-    if not bool(torch.isfinite(product.diagonal()).all()):
+    if not all_finite(product.diagonal()):
         climbed(FLOAT64, "an activation above 1e19")
         product = _by_panels(x.double())
     return product
@@ -205,7 +206,7 @@ class Channels:
             # Off the mean by its rounding, in float32, is off by a square of that.
             off = (chunk - mean.to(chunk.dtype)).float()
             squares = off.square().sum(0, dtype=torch.float64)
-            if not bool(torch.isfinite(squares).all()):
+            if not all_finite(squares):
                 climbed(FLOAT64, "an activation above 1e19")
                 squares = off.double().square().sum(0)
             both = self.plus(Channels(mean, squares, len(chunk)))

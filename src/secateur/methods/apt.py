@@ -17,13 +17,7 @@ from secateur.methods.sparse import SparseMethod, SparseOptions
 from secateur.solvers.patterns import removal_sets
 from secateur.solvers.refit import ROWS_PER_SAMPLE
 from secateur.solvers.removal import Removal, Sparse, remove, without_dead
-from secateur.solvers.sparse_fit import (
-    FIRST_STEPS,
-    PULLS,
-    STEPS_PER_PULL,
-    best_pull,
-    polish,
-)
+from secateur.solvers.sparse_fit import SEARCH_STEPS, best_pull, polish
 
 #: Steps of conjugate gradients that a block's systems take on real layers, solved and to rank.
 STEPS, STEPS_TO_RANK = 16, 6
@@ -102,8 +96,7 @@ class Apt(SparseMethod):
         systems = taken * 2.0 * rows * inputs * width
         steps = options.polish
         if options.polish and options.pull == "auto":
-            search = FIRST_STEPS + (len(PULLS) - 1) * STEPS_PER_PULL
-            steps += search // ROWS_PER_SAMPLE
+            steps += SEARCH_STEPS // ROWS_PER_SAMPLE
         return found + systems + update + steps * 2 * rows * inputs**2
 
     def sparse(self, block: Block, name: str, weight: torch.Tensor, count: int) -> torch.Tensor:

@@ -217,11 +217,12 @@ class Method(AnyMethod):
 
     @property
     def gradients_held(self) -> int:
-        """In a survey by gradients: how many times a block's gradients are in memory at once.
+        """How many times a block's gradients are in memory at once during a survey.
 
-        Those of a call, their sum and the sum of their squares; fewer where a survey keeps less.
+        Those of a call, their sum and the sum of their squares; fewer where a survey keeps less,
+        none where it is not by gradients.
         """
-        return 3
+        return 3 if self.survey_by == "gradients" else 0
 
     @property
     def windows_per_gradient(self) -> int | None:

@@ -156,7 +156,7 @@ def cholesky(g: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor,
     for step in DAMPINGS:
         matrix = damped(g, share * step)
         factor, info = torch.linalg.cholesky_ex(matrix)
-        if int(info) == 0 and bool(torch.isfinite(factor.diagonal()).all()):
+        if int(info) == 0 and all_finite(factor.diagonal()):
             if step > 1:
                 climbed(MORE_DAMPING, f"{share * step:g} of the mean diagonal")
             return matrix, factor, share * step
@@ -165,7 +165,7 @@ def cholesky(g: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor,
     floor = float(values[-1].clamp(min=1.0)) * RCOND + share * float(g.diagonal().mean().abs())
     matrix = (vectors * (values.clamp(min=0) + floor)) @ vectors.T
     factor, info = torch.linalg.cholesky_ex(matrix)
-    if int(info) != 0 or not bool(torch.isfinite(factor.diagonal()).all()):
+    if int(info) != 0 or not all_finite(factor.diagonal()):
         raise ArithmeticError("the Gram matrix has no Cholesky factor under any damping")
     return matrix, factor, share * DAMPINGS[-1]
 
@@ -180,7 +180,7 @@ def cholesky_in_place(matrix: torch.Tensor) -> bool:
     by_columns = matrix.mT
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
     _, info = torch.linalg.cholesky_ex(by_columns, upper=True, out=(by_columns, info))
-    return int(info) == 0 and bool(torch.isfinite(matrix.diagonal()).all())
+    return int(info) == 0 and all_finite(matrix.diagonal())
 
 
 def importance(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import torch
 
+from secateur.finite import all_finite
 from secateur.solvers.gram import Ordered, cholesky, cholesky_in_place
 from secateur.solvers.ladder import DAMPINGS, MORE_DAMPING, NO_TUNING, climbed
 
@@ -108,7 +109,7 @@ def _factored(
 
 def guarded(scales: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """The scales, or all ones if any lies outside the guard band; and whether they were kept."""
-    good = bool(torch.isfinite(scales).all()) and bool((scales.abs() <= GUARD).all())
+    good = all_finite(scales) and bool((scales.abs() <= GUARD).all())
     if good:
         return scales, True
     climbed(NO_TUNING, f"a scale is beyond {GUARD:g}")

@@ -19,6 +19,8 @@ from secateur.solvers.refit import sample_of_rows
 PULLS = (0.03, 0.1, 0.3, 1.0, 3.0)
 #: Steps of the first, and between two of them: each starts from the one before.
 FIRST_STEPS, STEPS_PER_PULL = 8, 3
+#: At most, of all pulls together, each on a sample of the rows.
+SEARCH_STEPS = FIRST_STEPS + (len(PULLS) - 1) * STEPS_PER_PULL
 
 
 def best_pull(
