@@ -92,7 +92,7 @@ def test_what_fits_are_judged_by_has_no_copies(
     apart: list[int | None] = []
     monkeypatch.setattr(
         "secateur.inside.gather",
-        lambda module, readers, kind, after=None, *_: apart.append(after) or _nothing(),
+        lambda module, readers, kind, after=None, *_, **__: apart.append(after) or _nothing(),
     )
     choice = engine.choose_layers(tokens)
     shares = engine.shares(choice, tokens)
