@@ -50,14 +50,14 @@ def method(name: str, sparsity: str | None = None, **options: Any) -> Method:
         ("obs", None, {"layers": 0}, Work(3, 0, 1)),
         # Of the second pass the down projection alone.
         ("obs", None, {"layers": 0, "groups": "keep"}, Work(2 + DOWN, 0, 1)),
-        ("flap", None, {}, Work(2, 0, 2)),  # looks ahead
+        ("flap", None, {}, Work(2, 0, 1)),  # looks ahead
         ("random", None, {}, Work(0, 0, 1)),
         ("llm-pruner", None, {}, Work(4, 3, 1)),
         ("wanda", "50%", {"scope": "block"}, Work(1 + TO_DOWN, 0, 1)),
         # Attention, FFN, and the FFN that is left behind what attention put out the last time.
         ("wanda", "50%", {"scope": "sublayer"}, Work(QKV + TO_DOWN + 3 * DOWN, 0, 1)),
         ("apt", "50%", {"scope": "layer"}, Work(2 * QKV + OUT + TO_DOWN + 3 * DOWN, 0, 1)),
-        ("apt", "50%", {"allocation": "owl", "scope": "block"}, Work(2 + TO_DOWN, 0, 2)),
+        ("apt", "50%", {"allocation": "owl", "scope": "block"}, Work(2 + TO_DOWN, 0, 1)),
         ("magnitude", "50%", {}, Work(0, 0, 1)),
     ],
 )

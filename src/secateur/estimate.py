@@ -92,7 +92,8 @@ def work_of(method: Method, anatomy: Anatomy, counts: Sequence[int], tokens: int
     if method.ranking is None and method.survey_by == "gradients":
         return Work(cut + 4, 3, 1)  # forward twice; backward is worth two more
     if method.ranking is None:
-        return Work(cut + reads * method.looks_ahead, 0, 1 + method.looks_ahead)
+        solved = method.looks_ahead and method.survey_needs == "moments"
+        return Work(cut + reads * method.looks_ahead, 0, 1 + solved)
     trials = min(3, len(counts)) if len(counts) > 1 else 0
     return Work((1 + cut) * (1 + trials), trials, 1 + trials)
 

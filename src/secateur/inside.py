@@ -66,7 +66,8 @@ class Inside:
         channels: dict[str, Channels] = {}
         run = self.pass_on if passes else self._run
         hidden = hidden if passes or readers else None
-        if method.needs == "moments":
+        needs = method.needs if share is not None else method.survey_needs
+        if needs == "moments":
             relative = method.relative(anatomy)
             with gather(module, readers, Moments, apart, behind, relative, only=not passes) as (
                 moments,

@@ -70,6 +70,8 @@ class Apt(SparseMethod):
     Options = AptOptions
     options: AptOptions
 
+    #: Ahead of the others at 50, 60 and 70% (docs/apt.md).
+    own_allocation = "owl"
     #: Share of the windows whose statistics are also kept apart, to judge fits by.
     held_out = 0.3
 

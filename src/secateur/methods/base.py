@@ -126,6 +126,11 @@ class Method(AnyMethod):
     #: Whether anything goes inside blocks.
     cuts_inside: ClassVar[bool] = True
 
+    @property
+    def survey_needs(self) -> Literal["moments", "channels"]:
+        """The statistics that a survey looks at, where it looks at any."""
+        return self.needs
+
     def layer_counts(self, worth: float) -> Sequence[int]:
         """Numbers of whole blocks to try removing; one means: no choice.
 

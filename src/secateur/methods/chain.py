@@ -55,7 +55,7 @@ class Chain(Method):
                 f"sparsity {pattern} wants widths in groups of {pattern.group}, but FFN widths are "
                 f"multiples of {self.form.multiple}: try --round-to 32"
             )
-        if self._second.options.allocation != "uniform":
+        if self._second.options.allocation not in ("auto", "uniform"):
             raise RecipeError(
                 f"allocation is {self._second.options.allocation}, but behind a removal zeros are "
                 "shared out evenly: use --allocation uniform"

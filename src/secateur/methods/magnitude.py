@@ -48,8 +48,8 @@ def refuse_allocation(method: SparseMethod) -> None:
     Raises:
         RecipeError: another allocation than uniform is asked for.
     """
-    if method.options.allocation != "uniform":
+    if method.allocation != "uniform":
         raise RecipeError(
-            f"allocation is {method.options.allocation}, but method {method.name} reads no text to "
+            f"allocation is {method.allocation}, but method {method.name} reads no text to "
             "tell layers apart by: use --allocation uniform, or --method wanda"
         )

@@ -34,6 +34,9 @@ SAME_SIZE = (
 )
 
 
+Allocation = Literal["uniform", "error", "owl"]
+
+
 class SparseOptions(BaseModel):
     """Settings that all methods which make zeros have in common."""
 
@@ -47,10 +50,10 @@ class SparseOptions(BaseModel):
         description="how far a cut is seen by the statistics of what follows: from block to block, "
         "from attention to FFN as well, or from every layer to the next",
     )
-    allocation: Literal["uniform", "error", "owl"] = Field(
-        "uniform",
-        description="sparsity of layers: all the same; where it costs the least error; or less of "
-        "it in blocks with more outliers (OWL)",
+    allocation: Allocation | Literal["auto"] = Field(
+        "auto",
+        description="sparsity of layers: all the same; where it costs the least error; less of it "
+        "in blocks with more outliers (OWL); auto: the method's own, uniform but for apt (owl)",
     )
     spread: float = Field(
         0.08,
@@ -67,6 +70,8 @@ class SparseMethod(Method):
     """A method that keeps all shapes and makes weights zero."""
 
     makes_zeros: ClassVar[bool] = True
+    #: How a share is shared out among layers where nothing else is asked for and possible.
+    own_allocation: ClassVar[Allocation] = "uniform"
     ranking = None
     cuts_inside = True
     identical_inputs = False
@@ -106,18 +111,28 @@ class SparseMethod(Method):
             raise RecipeError("leave names all linear layers, so that nothing could become zero")
         for name in layers:
             check_groups(self.pattern, name, anatomy.denses[name].inputs)
-        if self.pattern.grouped and self.options.allocation != "uniform":
+        if self.pattern.grouped and self.allocation != "uniform":
             raise RecipeError(
-                f"allocation is {self.options.allocation}, but {self.pattern} gives every layer "
+                f"allocation is {self.allocation}, but {self.pattern} gives every layer "
                 "the same sparsity: use --allocation uniform, or a share such as --sparsity 50%"
             )
-        if self.options.allocation != "uniform":
-            share, spread = self.pattern.share, self.options.spread
-            if share - spread < 0 or share + spread >= 1:
-                raise RecipeError(
-                    f"spread is {spread}, which takes layers of sparsity {share:.0%} below 0% or "
-                    "to 100%: lower it with --set spread"
-                )
+        if self.allocation != "uniform" and not self._spreads():
+            raise RecipeError(
+                f"spread is {self.options.spread}, which takes layers of sparsity "
+                f"{self.pattern.share:.0%} below 0% or to 100%: lower it with --set spread"
+            )
+
+    @property
+    def allocation(self) -> Allocation:
+        """How sparsity is shared out among layers."""
+        if self.options.allocation != "auto":
+            return self.options.allocation
+        return "uniform" if self.pattern.grouped or not self._spreads() else self.own_allocation
+
+    def _spreads(self) -> bool:
+        """Whether layers may be so much more and less sparse than the share."""
+        share, spread = self.pattern.share, self.options.spread
+        return share - spread >= 0 and share + spread < 1
 
     def layers(self, anatomy: Anatomy) -> list[str]:
         """Linear layers that get zeros, in the order of the data."""
@@ -149,17 +164,23 @@ class SparseMethod(Method):
 
     @property
     def looks_ahead(self) -> bool:
-        return self.options.allocation != "uniform"
+        return self.allocation != "uniform"
+
+    @property
+    def survey_needs(self) -> Literal["moments", "channels"]:
+        """Outliers are told by norms alone."""
+        return "channels" if self.allocation == "owl" else self.needs
 
     def survey(self, block: Block) -> dict[str, Any]:
         """Of each layer: its curve of errors, or its ratio of outliers."""
         found: dict[str, Any] = {}
         for name in self.layers(block.anatomy):
-            second = self.second(block, name)
-            if self.options.allocation == "error":
-                found[name] = error_curve(block.weights[name], second)
+            weight = block.weights[name]
+            if self.allocation == "error":
+                found[name] = error_curve(weight, self.second(block, name))
             else:
-                found[name] = outlier_ratio(block.weights[name], second, self.options.outlier)
+                squares = self.squares(block, name)
+                found[name] = outlier_ratio(weight, squares, self.options.outlier)
         return found
 
     def allocate(
@@ -173,9 +194,9 @@ class SparseMethod(Method):
         names = self.layers(anatomy)
         sizes = {n: anatomy.denses[n].rows * anatomy.denses[n].inputs for n in names}
         share, spread = self.pattern.share, self.options.spread
-        if self.options.allocation == "error":
+        if self.allocation == "error":
             counts = by_error(surveys, sizes, share, spread)
-        elif self.options.allocation == "owl":
+        elif self.allocation == "owl":
             counts = by_outliers(surveys, sizes, share, spread)
         else:
             alike = {name: round(size * share) for name, size in sizes.items()}

@@ -35,9 +35,14 @@ def error_curve(weight: torch.Tensor, second: torch.Tensor) -> list[float]:
     return [float(value) / whole if whole > 0 else 0.0 for value in running[places]]
 
 
-def outlier_ratio(weight: torch.Tensor, second: torch.Tensor, times: float) -> float:
-    """Share of weights whose |w_ij| ||x_j|| is above ``times`` the layer's mean (OWL, Eq. 2)."""
-    scores = weight.double().abs() * second.diagonal().clamp(min=0).sqrt()
+def outlier_ratio(weight: torch.Tensor, squares: torch.Tensor, times: float) -> float:
+    """Share of weights whose |w_ij| ||x_j|| is above ``times`` the layer's mean (OWL, Eq. 2).
+
+    Args:
+        weight: W, (p, q).
+        squares: E[x_j^2], (q,), float64.
+    """
+    scores = weight.double().abs() * squares.clamp(min=0).sqrt()
     return float((scores > times * scores.mean()).double().mean())
 
 
