@@ -56,7 +56,7 @@ def method(name: str, sparsity: str | None = None, **options: Any) -> Method:
         ("wanda", "50%", {"scope": "block"}, Work(1 + TO_DOWN, 0, 1)),
         # Attention, FFN, and the FFN that is left behind what attention put out the last time.
         ("wanda", "50%", {"scope": "sublayer"}, Work(QKV + TO_DOWN + 3 * DOWN, 0, 1)),
-        ("apt", "50%", {"scope": "layer"}, Work(2 * QKV + OUT + TO_DOWN + 3 * DOWN, 0, 1)),
+        ("apt", "2:4", {"scope": "layer"}, Work(2 * QKV + OUT + TO_DOWN + 3 * DOWN, 0, 1)),
         ("apt", "50%", {"allocation": "owl", "scope": "block"}, Work(2 + TO_DOWN, 0, 1)),
         ("magnitude", "50%", {}, Work(0, 0, 1)),
     ],

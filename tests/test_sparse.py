@@ -27,7 +27,7 @@ from secateur.forms import Form
 from secateur.masking import masked_hidden
 from secateur.methods import get_method, method_class, method_names
 from secateur.methods.ria import Ria
-from secateur.methods.sparse import SAME_SIZE
+from secateur.methods.sparse import SAME_SIZE, SparseMethod
 from secateur.outputs.packed import NOTE
 from secateur.outputs.verify import Verification
 from secateur.pipeline import make_plan
@@ -91,6 +91,29 @@ def linear_weights(model: Any, anatomy: Anatomy) -> list[dict[str, torch.Tensor]
 def done_evenly(asked: Recipe) -> bool:
     usual = "owl" if asked.method == "apt" else "uniform"
     return asked.options.get("allocation", usual) == "uniform"
+
+
+@pytest.mark.parametrize(
+    ("name", "sparsity", "options", "wanted"),
+    [
+        ("apt", "50%", {}, "owl"),
+        ("apt", "50%", {"allocation": "uniform"}, "uniform"),
+        ("apt", "2:4", {}, "uniform"),  # nothing to share out
+        ("apt", "5%", {}, "uniform"),  # no room for the spread
+        ("apt", "5%", {"spread": 0.04}, "owl"),
+        ("apt", "93%", {}, "uniform"),
+        ("wanda", "50%", {}, "uniform"),
+        ("sparsegpt", "50%", {"allocation": "error"}, "error"),
+    ],
+)
+def test_how_sparsity_is_shared_out(
+    name: str, sparsity: str, options: dict[str, Any], wanted: str
+) -> None:
+    method = get_method(name, options, Form(sparsity=parse_sparsity(sparsity)))
+    assert isinstance(method, SparseMethod)
+    assert method.allocation == wanted
+    assert method.looks_ahead == (wanted != "uniform")
+    assert method.survey_needs == ("channels" if wanted == "owl" else method.needs)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -34,7 +34,7 @@ Solution = Annotated[
 ]
 Allocation = Annotated[
     str | None,
-    typer.Option(help="sparsity of layers: uniform, error, or owl [uniform; apt: owl]"),
+    typer.Option(help="sparsity of layers: uniform, error, or owl [auto]"),
 ]
 Of = Annotated[str | None, typer.Option(help="--remove is a share of: model, or decoder")]
 MethodName = Annotated[
