@@ -118,13 +118,13 @@ def test_few_tokens_say_the_same_as_their_second_moment(unit: int) -> None:
     one = GreedyOrder(weight, WholeInverse(second, 0.01), unit=unit)
     other = GreedyOrder(weight, InverseOfFew(few, 0.01), unit=unit)
     for removed in (4, 8, 12, 16):
-        assert one.error(removed) == pytest.approx(other.error(removed), rel=1e-9)
+        assert one.error(removed) == pytest.approx(other.error(removed), rel=1e-5)
         assert torch.equal(one.kept(removed), other.kept(removed))
     kept = one.kept(8)
     for pull in (0.01, 1.0):
         wanted = refit(weight, second, kept, pull)
         found = fitted_weights(weight, few, kept, pull)
-        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
         assert relative_error(weight, few, kept, found) == pytest.approx(
             output_error(weight, second, kept, wanted), rel=1e-5
         )

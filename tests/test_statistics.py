@@ -13,6 +13,7 @@ from torch import nn
 from secateur import statistics
 from secateur.anatomy import describe
 from secateur.solvers.gram import cholesky
+from secateur.solvers.ladder import FLOAT64, listening
 from secateur.statistics import (
     PANEL,
     TOKENS_PER_CHUNK,
@@ -258,3 +259,25 @@ def test_relative_signals_weigh_by_what_the_block_puts_out() -> None:
         for part, wanted in ((found, rows.double()), (late, rows[8:].double())):
             torch.testing.assert_close(part[signal].second, wanted.T @ wanted, rtol=1e-5, atol=1e-5)
         assert found[signal].tokens == 12
+
+
+@pytest.mark.parametrize("size", [1.0, 1e18, 1e25])
+def test_inner_products_of_tokens(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "INPUTS_PER_CHUNK", 4)
+    x = torch.randn(6, 11, generator=torch.Generator().manual_seed(2)) * size
+    with listening() as steps:
+        found = statistics.inner_products(x)
+    exact = x.double() @ x.T.double()
+    torch.testing.assert_close(found / size**2, exact / size**2, rtol=1e-5, atol=1e-5)
+    assert bool(steps) == (size > 1e19)
+
+
+def test_a_product_that_float32_does_not_hold() -> None:
+    a, b = torch.full((2, 3), 1e20), torch.full((3, 2), 1e20)
+    with listening() as steps:
+        torch.testing.assert_close(statistics.product(a, b), a.double() @ b.double())
+        assert [step.step for step in steps] == [FLOAT64]
+    with listening() as steps:
+        found = statistics.product(a / 1e20, b)
+    assert found.dtype == torch.float64
+    assert not steps

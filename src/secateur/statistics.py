@@ -16,6 +16,8 @@ from secateur.solvers.ladder import FLOAT64, climbed, solving_for
 
 #: Rows of a chunk whose products are summed in float32 before they join the float64 total.
 TOKENS_PER_CHUNK = 2048
+#: Inputs of which products of tokens are summed in float32.
+INPUTS_PER_CHUNK = 2048
 #: Rows of a second moment that are made in one product.
 PANEL = 256
 
@@ -28,6 +30,24 @@ def _product(x: torch.Tensor) -> torch.Tensor:
         climbed(FLOAT64, "an activation above 1e19")
         product = _by_panels(x.double())
     return product
+
+
+def inner_products(x: torch.Tensor) -> torch.Tensor:
+    """x x^T of tokens (t, q), (t, t), float64: products in float32, sums in float64."""
+    out = x.new_zeros(len(x), len(x), dtype=torch.float64)
+    for part in x.split(INPUTS_PER_CHUNK, dim=1):
+        out += _product(part.T)
+    return out
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b in float64, made in float32 where that holds it: half the time, and exact enough for
+    what is fitted or summed, though not for what is solved."""
+    out = a.float() @ b.float()
+    if all_finite(out):
+        return out.double()
+    climbed(FLOAT64, "a product above 1e38")
+    return a.double() @ b.double()
 
 
 def are_few(tokens: int, width: int) -> bool:

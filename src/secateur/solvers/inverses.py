@@ -17,7 +17,7 @@ import torch
 from secateur.finite import all_finite
 from secateur.solvers.gram import PANEL, cholesky, cholesky_in_place, inverse_of
 from secateur.solvers.ladder import DAMPINGS, MORE_DAMPING, climbed
-from secateur.statistics import Moments
+from secateur.statistics import Moments, inner_products, product
 
 
 class Inverse(ABC):
@@ -79,11 +79,11 @@ class InverseOfFew(Inverse):
 
     def __init__(self, moments: Moments, damping: float) -> None:
         self._moments = moments
-        rows = self._stored().double()
+        rows = self._stored()
         tokens, width = rows.shape
-        inner = rows @ rows.T
-        if not all_finite(inner):
+        if not all_finite(rows):
             raise ArithmeticError("the tokens are not finite")
+        inner = inner_products(rows)
         mean = float(inner.trace()) / (tokens * width)
         for step in DAMPINGS:
             self._damping = damping * step * mean if mean > 0 else 1.0
@@ -121,11 +121,10 @@ class InverseOfFew(Inverse):
         return out.div_(self._damping)
 
     def energy(self, weight: torch.Tensor) -> float:
-        out, rows = 0.0, self._stored().double()
+        out, rows = 0.0, self._stored()
         for part in weight.split(PANEL):
-            own = part.double()
-            put_out = (rows @ own.T).square().sum() / len(rows)
-            out += float(put_out + self._damping * own.square().sum())
+            put_out = product(rows, part.T).square().sum() / len(rows)
+            out += float(put_out + self._damping * part.double().square().sum())
         return out
 
 

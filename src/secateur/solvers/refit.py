@@ -18,7 +18,7 @@ import torch
 
 from secateur.finite import all_finite
 from secateur.solvers.ladder import DAMPINGS, MORE_DAMPING, NO_TUNING, climbed
-from secateur.statistics import Moments
+from secateur.statistics import Moments, inner_products, product
 
 #: Pulls to the original weights that are tried, as shares of mean diag H.
 PULLS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -62,12 +62,11 @@ def relative_error(
     if rows is None:
         return output_error(weight, moments.covariance, kept, new)
     off = whole = 0.0
-    inner = rows[:, kept].double()
-    outer = rows.double()
+    inner = rows[:, kept]
     for w, v in zip(weight.split(PANEL), new.split(PANEL), strict=True):
-        wanted = outer @ w.double().T
+        wanted = product(rows, w.T)
         whole += float(wanted.square().sum())
-        off += float((inner @ v.double().T - wanted).square().sum())
+        off += float((product(inner, v.T) - wanted).square().sum())
     return off / whole if whole > 0 else 0.0
 
 
@@ -90,8 +89,9 @@ def chosen_pull(
     del rows  # which may be a copy
     there = OfFew(weight, others, kept).lost
     best, least = None, float(there.square().sum())
+    here.judged_by(others[:, kept])
     for pull in pulls:
-        found = float((here.made_up(pull, others[:, kept]) - there).square().sum())
+        found = float((here.made_up(pull) - there).square().sum())
         if found < least:
             best, least = pull, found
     return best
@@ -113,21 +113,25 @@ class OfFew:
         went = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
         went[kept] = False
         self._own = weight[:, kept]
-        self._x = rows[:, kept].double()
-        gone = rows[:, went].double()
-        self.lost = torch.cat([part.double() @ gone.T for part in weight[:, went].split(PANEL)])
-        self._inner = self._x @ self._x.T
+        self._x = rows[:, kept]
+        self.lost = product(weight[:, went], rows[:, went].T)
+        self._inner = inner_products(self._x)
 
     def fit(self, pull: float) -> torch.Tensor:
         """V, (p, q'), float64."""
         step = self._solved(pull)
-        return self._own.double() if step is None else (step @ self._x).add_(self._own)
+        return self._own.double() if step is None else product(step, self._x).add_(self._own)
 
-    def made_up(self, pull: float, others: torch.Tensor) -> torch.Tensor:
-        """What the step from W_S puts out for other tokens (T', q'), (p, T'), float64."""
-        cross = self._x @ others.double().T
+    def judged_by(self, others: torch.Tensor) -> None:
+        """Take other tokens, (T', q'), for :meth:`made_up`."""
+        self._cross = product(self._x, others.T)
+
+    def made_up(self, pull: float) -> torch.Tensor:
+        """What the step from W_S puts out for the other tokens, (p, T'), float64."""
         step = self._solved(pull)
-        return torch.zeros_like(self.lost[:, :1] * cross[:1]) if step is None else step @ cross
+        if step is None:
+            return self._cross.new_zeros(len(self.lost), self._cross.shape[1])
+        return step @ self._cross
 
     def _solved(self, pull: float) -> torch.Tensor | None:
         """R (X_S X_S^T + s T I)^-1, (p, T)."""
