@@ -83,25 +83,35 @@ def test_every_method_is_here() -> None:
     assert {method for method, _, _ in CASES.values()} == zeros
 
 
+@pytest.mark.parametrize(
+    ("sparsity", "allocation", "spread"),
+    [("50%", "error", 0.15), ("80%", "error", 0.1), ("4%", "owl", 0.02), ("50%", "uniform", 0.0)],
+)
+def test_layers_go_no_further_from_the_mean_than_half_the_way(
+    sparsity: str, allocation: str, spread: float
+) -> None:
+    method = get_method("apt", {"allocation": allocation}, Form(sparsity=parse_sparsity(sparsity)))
+    assert isinstance(method, SparseMethod)
+    assert method.spread == pytest.approx(spread)
+
+
 def linear_weights(model: Any, anatomy: Anatomy) -> list[dict[str, torch.Tensor]]:
     blocks = model.get_submodule(anatomy.family.blocks)
     return [{n: b.get_parameter(f"{n}.weight") for n in anatomy.denses} for b in blocks]
 
 
 def done_evenly(asked: Recipe) -> bool:
-    usual = "owl" if asked.method == "apt" else "uniform"
+    usual = "error" if asked.method == "apt" else "uniform"
     return asked.options.get("allocation", usual) == "uniform"
 
 
 @pytest.mark.parametrize(
     ("name", "sparsity", "options", "wanted"),
     [
-        ("apt", "50%", {}, "owl"),
+        ("apt", "50%", {}, "error"),
         ("apt", "50%", {"allocation": "uniform"}, "uniform"),
         ("apt", "2:4", {}, "uniform"),  # nothing to share out
-        ("apt", "5%", {}, "uniform"),  # no room for the spread
-        ("apt", "5%", {"spread": 0.04}, "owl"),
-        ("apt", "93%", {}, "uniform"),
+        ("apt", "5%", {"allocation": "owl"}, "owl"),
         ("wanda", "50%", {}, "uniform"),
         ("sparsegpt", "50%", {"allocation": "error"}, "error"),
     ],
@@ -449,7 +459,7 @@ def test_the_best_method_and_random_by_their_target() -> None:
             "uniform, or a share such as --sparsity 50%",
         ),
         (
-            {"sparsity": "95%", "options": {"allocation": "owl"}},
+            {"sparsity": "95%", "options": {"allocation": "owl", "spread": 0.08}},
             "spread is 0.08, which takes layers of sparsity 95% below 0% or to 100%: lower it with "
             "--set spread",
         ),

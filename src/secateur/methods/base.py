@@ -61,6 +61,8 @@ class Block:
         gradients: of the loss by the weight of each linear layer, (p, q), call after call, in a
             survey by gradients (:attr:`Method.survey_by`). Each can be looked at once.
         prepared: what :meth:`Method.prepare` said of the block, where it was asked first.
+        influence: how much the uncut block changes the hidden state
+            (:meth:`Method.layer_importance`), in a survey by statistics that runs the blocks.
     """
 
     source: int
@@ -75,6 +77,7 @@ class Block:
     units: Mapping[str, Sequence[int]] = field(default_factory=dict)
     gradients: Iterator[dict[str, torch.Tensor]] = field(default_factory=lambda: iter(()))
     prepared: Any = None
+    influence: float = 1.0
 
 
 class AnyMethod(ABC):

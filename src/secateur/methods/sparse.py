@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -35,6 +35,8 @@ SAME_SIZE = (
 
 
 Allocation = Literal["uniform", "error", "owl"]
+#: How far layers go from the mean where nothing is said.
+SPREADS: dict[Allocation, float] = {"error": 0.15, "owl": 0.08}
 
 
 class SparseOptions(BaseModel):
@@ -53,13 +55,12 @@ class SparseOptions(BaseModel):
     allocation: Allocation | Literal["auto"] = Field(
         "auto",
         description="sparsity of layers: all the same; where it costs the least error; less of it "
-        "in blocks with more outliers (OWL); auto: the method's own, uniform but for apt (owl)",
+        "in blocks with more outliers (OWL); auto: the method's own, uniform but for apt (error)",
     )
-    spread: float = Field(
-        0.08,
-        ge=0,
-        lt=1,
-        description="a layer's sparsity is off the mean by this at most (error, owl)",
+    spread: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field(
+        "auto",
+        description="a layer's sparsity is off the mean by this at most; auto: 0.15 (error) or "
+        "0.08 (owl, as its paper), but no more than half the way to 0% or 100%",
     )
     outlier: float = Field(
         5.0, gt=0, description="OWL: an outlier's score is above this many times the mean"
@@ -116,10 +117,11 @@ class SparseMethod(Method):
                 f"allocation is {self.allocation}, but {self.pattern} gives every layer "
                 "the same sparsity: use --allocation uniform, or a share such as --sparsity 50%"
             )
-        if self.allocation != "uniform" and not self._spreads():
+        share, spread = self.pattern.share, self.spread
+        if self.allocation != "uniform" and (share - spread < 0 or share + spread >= 1):
             raise RecipeError(
-                f"spread is {self.options.spread}, which takes layers of sparsity "
-                f"{self.pattern.share:.0%} below 0% or to 100%: lower it with --set spread"
+                f"spread is {spread}, which takes layers of sparsity {share:.0%} below 0% or "
+                "to 100%: lower it with --set spread"
             )
 
     @property
@@ -127,12 +129,15 @@ class SparseMethod(Method):
         """How sparsity is shared out among layers."""
         if self.options.allocation != "auto":
             return self.options.allocation
-        return "uniform" if self.pattern.grouped or not self._spreads() else self.own_allocation
+        return "uniform" if self.pattern.grouped else self.own_allocation
 
-    def _spreads(self) -> bool:
-        """Whether layers may be so much more and less sparse than the share."""
-        share, spread = self.pattern.share, self.options.spread
-        return share - spread >= 0 and share + spread < 1
+    @property
+    def spread(self) -> float:
+        """How far a layer's sparsity may be off the mean."""
+        if self.options.spread != "auto":
+            return self.options.spread
+        share = self.pattern.share
+        return min(SPREADS.get(self.allocation, 0.0), share / 2, (1 - share) / 2)
 
     def layers(self, anatomy: Anatomy) -> list[str]:
         """Linear layers that get zeros, in the order of the data."""
@@ -177,7 +182,8 @@ class SparseMethod(Method):
         for name in self.layers(block.anatomy):
             weight = block.weights[name]
             if self.allocation == "error":
-                found[name] = error_curve(weight, self.second(block, name))
+                curve = error_curve(weight, self.second(block, name))
+                found[name] = [block.influence * error for error in curve]
             else:
                 squares = self.squares(block, name)
                 found[name] = outlier_ratio(weight, squares, self.options.outlier)
@@ -193,7 +199,7 @@ class SparseMethod(Method):
     ) -> Shares:
         names = self.layers(anatomy)
         sizes = {n: anatomy.denses[n].rows * anatomy.denses[n].inputs for n in names}
-        share, spread = self.pattern.share, self.options.spread
+        share, spread = self.pattern.share, self.spread
         if self.allocation == "error":
             counts = by_error(surveys, sizes, share, spread)
         elif self.allocation == "owl":
