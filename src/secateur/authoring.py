@@ -50,9 +50,11 @@ class Author:
         made = []
         with self._stream.whole() as model, torch.no_grad():
             for piece in range(pieces):
-                # Each piece by itself, so that windows do not depend on how many are asked for.
+                # Each piece by itself, and numbers for all of it, so that windows do not depend on
+                # how many are asked for.
                 generator = torch.Generator().manual_seed(self._seed * 1_009 + piece)
                 first = self._first_tokens(WINDOWS_AT_ONCE, generator).to(self._stream.device)
+                first = first[: count - piece * WINDOWS_AT_ONCE]
                 draws = _Draws(model.generation_config.eos_token_id, generator)
                 out = model.generate(
                     input_ids=first,
@@ -94,5 +96,6 @@ class _Draws:
     def __call__(self, _: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores (windows, vocabulary), which may be written into, with the token drawn on top."""
         scores[:, self._ends] = -torch.inf
-        new = drawn(scores, torch.rand(len(scores), generator=self._generator))
+        numbers = torch.rand(WINDOWS_AT_ONCE, generator=self._generator)
+        new = drawn(scores, numbers[: len(scores)])
         return scores.zero_().scatter_(1, new[:, None], 1.0)
