@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,18 @@ from secateur.anatomy import Anatomy
 from secateur.checkpoint import open_checkpoint
 from secateur.checkpoint.packed import pack, packed_shape, unpack
 from secateur.comparison.cells import make_cells
+from secateur.engine import Engine
 from secateur.errors import OutputError, RecipeError, SecateurError, SourceError
 from secateur.exporting import export, verify
 from secateur.forms import Form
 from secateur.masking import masked_hidden
-from secateur.methods import get_method, method_class, method_names
+from secateur.methods import Block, get_method, method_class, method_names
 from secateur.methods.ria import Ria
 from secateur.methods.sparse import SAME_SIZE, SparseMethod
 from secateur.outputs.packed import NOTE
 from secateur.outputs.verify import Verification
 from secateur.pipeline import make_plan
+from secateur.progress import Progress
 from secateur.pruning import prune
 from secateur.recipe import Recipe, load_recipe, make_recipe
 from secateur.semi_structured import is_two_of_four, semi_structured
@@ -315,6 +318,33 @@ def test_zeros_go_where_they_cost_least() -> None:
         }
         if all(0.3 <= s <= 0.7 for s in moved.values()):
             assert total(moved) >= total(shares) - 2e-3
+
+
+def test_errors_count_by_the_influence_of_their_block(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, tokens = Stream(open_checkpoint(model_folder("llama-gqa-tied"))), random_tokens(4, 16)
+    method = get_method("apt", {}, Form(sparsity=parse_sparsity("50%")))
+    assert isinstance(method, SparseMethod)
+    engine = Engine(stream, method, to_remove=0, seed=0, dtype=torch.float32, progress=Progress())
+    survey, seen = method.survey, []
+
+    def noted(block: Block) -> Any:
+        seen.append(block.influence)
+        found, half = survey(block), survey(replace(block, influence=block.influence / 2))
+        assert all(half[n] == pytest.approx([e / 2 for e in found[n]]) for n in found)
+        return found
+
+    monkeypatch.setattr(method, "survey", noted)
+    engine.shares(engine.choose_layers(tokens), tokens)
+    hidden = stream.embed(tokens)
+    for layer, influence in enumerate(seen):
+        with stream.block(layer) as module:
+            behind = stream.forward_block(layer, module, hidden)
+        cosine = torch.nn.functional.cosine_similarity(hidden, behind, dim=-1)
+        assert influence == pytest.approx(1 - float(cosine.mean()), abs=1e-6)
+        hidden = behind
+    assert len(seen) == stream.anatomy.layers
 
 
 def test_blocks_with_more_outliers_get_fewer_zeros() -> None:
