@@ -333,6 +333,8 @@ def test_errors_count_by_the_influence_of_their_block(
         seen.append(block.influence)
         found, half = survey(block), survey(replace(block, influence=block.influence / 2))
         assert all(half[n] == pytest.approx([e / 2 for e in found[n]]) for n in found)
+        with pytest.raises(ArithmeticError, match="what it puts out is not finite"):
+            survey(replace(block, influence=float("nan")))
         return found
 
     monkeypatch.setattr(method, "survey", noted)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -90,23 +89,11 @@ def by_statistics(
             block, hidden = look(layer, module, hidden)
             with finite_statistics(layer):
                 if before is not None and hidden is not None:
-                    block = replace(block, influence=_influence(method, before, hidden))
+                    block = replace(block, influence=method.layer_importance(before, hidden))
                 found[layer] = method.survey(block)
             del before
         progress.step(f"block {layer}")
     progress.finish()
-    return found
-
-
-def _influence(method: Method, before: torch.Tensor, behind: torch.Tensor) -> float:
-    """How much a block changes the hidden state, (windows, length, hidden).
-
-    Raises:
-        ArithmeticError: it is no number.
-    """
-    found = method.layer_importance(before, behind)
-    if not math.isfinite(found):
-        raise ArithmeticError("what it puts out is not finite")
     return found
 
 

@@ -6,6 +6,7 @@ stands in ``docs/apt.md``.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -179,6 +180,8 @@ class SparseMethod(Method):
     def survey(self, block: Block) -> dict[str, Any]:
         """Of each layer: its curve of errors, or its ratio of outliers."""
         found: dict[str, Any] = {}
+        if not math.isfinite(block.influence):
+            raise ArithmeticError("what it puts out is not finite")
         for name in self.layers(block.anatomy):
             weight = block.weights[name]
             if self.allocation == "error":
