@@ -41,8 +41,10 @@ def inner_products(x: torch.Tensor) -> torch.Tensor:
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b in float64, made in float32 where that holds it: half the time, and exact enough for
-    what is fitted or summed, though not for what is solved."""
+    """a @ b, float64, made in float32 where that holds it.
+
+    Half the time, and exact enough for what is fitted or summed, though not for what is solved.
+    """
     out = a.float() @ b.float()
     if all_finite(out):
         return out.double()

@@ -55,7 +55,7 @@ def by_error(
     price; what rounding leaves goes to the largest layers.
 
     Args:
-        surveys: curves of :func:`error_curve` by block and layer.
+        surveys: curves of :func:`error_curve` by block and layer, times the block's influence.
         sizes: weights of each layer.
         share: of all weights that become zero.
         spread: each layer's sparsity is within this of ``share``.
