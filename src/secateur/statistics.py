@@ -22,28 +22,28 @@ INPUTS_PER_CHUNK = 2048
 PANEL = 256
 
 
-def _product(x: torch.Tensor) -> torch.Tensor:
+def _with_itself(x: torch.Tensor) -> torch.Tensor:
     """x^T x of tokens (t, q), in float32 where that holds it."""
-    product = _by_panels(x)
+    found = _by_panels(x)
     # By Cauchy and Schwarz no other entry is larger than the largest of the diagonal.
-    if not all_finite(product.diagonal()):
+    if not all_finite(found.diagonal()):
         climbed(FLOAT64, "an activation above 1e19")
-        product = _by_panels(x.double())
-    return product
+        found = _by_panels(x.double())
+    return found
 
 
 def inner_products(x: torch.Tensor) -> torch.Tensor:
     """x x^T of tokens (t, q), (t, t), float64: products in float32, sums in float64."""
     out = x.new_zeros(len(x), len(x), dtype=torch.float64)
     for part in x.split(INPUTS_PER_CHUNK, dim=1):
-        out += _product(part.T)
+        out += _with_itself(part.T)
     return out
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b, float64, made in float32 where that holds it.
 
-    Half the time, and exact enough for what is fitted or summed, though not for what is solved.
+    Half the time, and exact enough for what is fitted to and for sums.
     """
     out = a.float() @ b.float()
     if all_finite(out):
@@ -122,7 +122,7 @@ class Moments:
             if self._rows is not None:
                 self._rows.append(chunk.clone())
             elif self._second is not None:
-                self._second += _product(chunk)
+                self._second += _with_itself(chunk)
 
     def _few(self, tokens: int) -> bool:
         return are_few(tokens, len(self.total))
@@ -135,7 +135,7 @@ class Moments:
         width = len(self.total)
         out = torch.zeros(width, width, dtype=torch.float64, device=self.total.device)
         for chunk in self._rows or ():
-            out += _product(chunk)
+            out += _with_itself(chunk)
         return out
 
     @property

@@ -87,14 +87,23 @@ def chosen_pull(
         return best_pull(weight, fitted.covariance, held_out.covariance, kept, pulls)
     here = OfFew(weight, rows, kept)
     del rows  # which may be a copy
-    there = OfFew(weight, others, kept).lost
+    there = _put_out_by_others(weight, others, kept)
     best, least = None, float(there.square().sum())
-    here.judged_by(others[:, kept])
+    across = here.products_with(others[:, kept])
     for pull in pulls:
-        found = float((here.made_up(pull) - there).square().sum())
+        found = float((here.made_up(pull, across) - there).square().sum())
         if found < least:
             best, least = pull, found
     return best
+
+
+def _put_out_by_others(
+    weight: torch.Tensor, rows: torch.Tensor, kept: torch.Tensor
+) -> torch.Tensor:
+    """W_P x_P of tokens (T, q) with P the inputs that are not kept, (p, T), float64."""
+    went = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    went[kept] = False
+    return product(weight[:, went], rows[:, went].T)
 
 
 class OfFew:
@@ -110,11 +119,9 @@ class OfFew:
     """
 
     def __init__(self, weight: torch.Tensor, rows: torch.Tensor, kept: torch.Tensor) -> None:
-        went = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-        went[kept] = False
         self._own = weight[:, kept]
         self._x = rows[:, kept]
-        self.lost = product(weight[:, went], rows[:, went].T)
+        self.lost = _put_out_by_others(weight, rows, kept)
         self._inner = inner_products(self._x)
 
     def fit(self, pull: float) -> torch.Tensor:
@@ -122,16 +129,18 @@ class OfFew:
         step = self._solved(pull)
         return self._own.double() if step is None else product(step, self._x).add_(self._own)
 
-    def judged_by(self, others: torch.Tensor) -> None:
-        """Take other tokens, (T', q'), for :meth:`made_up`."""
-        self._cross = product(self._x, others.T)
+    def products_with(self, others: torch.Tensor) -> torch.Tensor:
+        """X_S X'_S^T with other tokens (T', q'), (T, T'), float64: the same for every pull."""
+        return product(self._x, others.T)
 
-    def made_up(self, pull: float) -> torch.Tensor:
-        """What the step from W_S puts out for the other tokens, (p, T'), float64."""
+    def made_up(self, pull: float, across: torch.Tensor) -> torch.Tensor:
+        """What the step from W_S puts out for other tokens, (p, T'), float64.
+
+        Args:
+            across: :meth:`products_with` them.
+        """
         step = self._solved(pull)
-        if step is None:
-            return self._cross.new_zeros(len(self.lost), self._cross.shape[1])
-        return step @ self._cross
+        return across.new_zeros(len(self.lost), across.shape[1]) if step is None else step @ across
 
     def _solved(self, pull: float) -> torch.Tensor | None:
         """R (X_S X_S^T + s T I)^-1, (p, T)."""
