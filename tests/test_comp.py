@@ -21,6 +21,7 @@ from secateur.errors import RecipeError
 from secateur.forms import Form
 from secateur.methods import Block, get_method, method_names
 from secateur.methods.comp import Comp
+from secateur.methods.units import exempt
 from secateur.plans import BlockCut, Plan, Tensors, live_rows
 from secateur.slicing import mask_block, slice_block
 from secateur.solvers.gram import gram, importance
@@ -445,10 +446,19 @@ def test_quotas_are_in_proportion_to_one_over_importance() -> None:
 
 def test_first_and_last_blocks_are_exempt() -> None:
     importances = {0: 0.3, 2: 0.2, 3: 0.6, 5: 0.25, 6: 0.1}
-    found = quotas(3001, importances, shares="uniform")
+    found = quotas(3001, importances, shares="uniform", exempt_first=2, exempt_last=1)
     assert found == {0: 0, 2: 0, 3: 1501, 5: 1500, 6: 0}
     found = quotas(3000, importances, shares="uniform", exempt_first=1, exempt_last=2)
     assert found == {0: 0, 2: 1500, 3: 1500, 5: 0, 6: 0}
+
+
+@pytest.mark.parametrize(
+    ("of_32", "depth", "spared"),
+    [(2, 32, 2), (2, 80, 2), (2, 30, 2), (2, 12, 1), (2, 5, 0), (1, 16, 0), (1, 24, 1), (4, 12, 2)],
+)
+def test_few_blocks_spare_fewer(of_32: int, depth: int, spared: int) -> None:
+    assert exempt("auto", of_32, depth) == spared
+    assert exempt(3, of_32, depth) == 3
 
 
 @pytest.mark.parametrize(("first", "last"), [(4, 0), (0, 4), (0, 5), (9, 0), (2, 3), (3, 9)])

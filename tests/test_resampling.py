@@ -75,7 +75,8 @@ def test_what_fits_are_judged_by_has_no_copies(
 ) -> None:
     """The windows behind the held-out ones are originals; copies are of the others alone."""
     stream = Stream(open_checkpoint(model_folder("llama-gqa-tied")))
-    method = get_method("obs", {"copies": 2, "written": 0, "layers": 0}, Form("coupled"))
+    options = {"copies": 2, "written": 0, "layers": 0, "exempt_first": 2}
+    method = get_method("obs", options, Form("coupled"))
     engine = Engine(
         stream, method, to_remove=1000, seed=3, dtype=torch.float32, progress=Progress()
     )

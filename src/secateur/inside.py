@@ -10,6 +10,7 @@ import torch
 
 from secateur.masking import masked, state_of
 from secateur.methods import Block, Method, Share
+from secateur.neurons import Neurons, noted_neurons
 from secateur.numerics import cut_by, noting_steps
 from secateur.plans import BlockCut, check_cut
 from secateur.recording import Enough
@@ -67,12 +68,18 @@ class Inside:
         run = self.pass_on if passes else self._run
         hidden = hidden if passes or readers else None
         needs = method.needs if share is not None else method.survey_needs
+        neurons: list[Neurons] = []
         if needs == "moments":
             relative = method.relative(anatomy)
-            with gather(module, readers, Moments, apart, behind, relative, only=not passes) as (
-                moments,
-                held_out,
-            ):
+            with ExitStack() as stack:
+                if readers and share is not None and self._fits_neurons(hidden):
+                    weighed = bool(relative)
+                    end = 0 if apart is None or hidden is None else late * hidden.shape[1]
+                    noted = noted_neurons(module, anatomy, late=end, relative=weighed)
+                    neurons = stack.enter_context(noted)
+                moments, held_out = stack.enter_context(
+                    gather(module, readers, Moments, apart, behind, relative, only=not passes)
+                )
                 out = run(layer, module, hidden)
         else:
             with gather(module, readers, Channels, behind=behind, only=not passes) as (channels, _):
@@ -85,8 +92,14 @@ class Inside:
             channels=channels,
             lose={} if share is None else share.inputs,
             units={} if share is None else share.units,
+            neurons=neurons[0] if neurons else None,
         )
         return block, out
+
+    def _fits_neurons(self, hidden: torch.Tensor | None) -> bool:
+        if hidden is None:
+            return False
+        return self.method.fits_neurons(self.stream.anatomy, hidden.shape[:2].numel())
 
     def block(self, layer: int, module: torch.nn.Module, **seen: Any) -> Block:
         """A block with its weights, and what else is seen of it by the names of :class:`Block`."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,45 +23,11 @@ from torch import nn
 
 from secateur.anatomy import Anatomy
 from secateur.methods import Method
+from secateur.neurons import parts_of, stood_in
 from secateur.plans import BlockCut
 
 #: Bytes of one block's activations that are kept for the second pass; more than these are not.
 MOST_KEPT = 2**28
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Modules of a block around its neurons.
-
-    Attributes:
-        before: modules whose outputs go into the residual stream before the FFN.
-        chain: modules of the FFN; either one that holds it all, or the last is the consumer.
-        consumer: the linear layer that reads the neurons.
-        changed: the linear layers that neurons go from, which are all of the FFN.
-    """
-
-    before: tuple[str, ...]
-    chain: tuple[str, ...]
-    consumer: str
-    changed: frozenset[str]
-
-
-def parts_of(anatomy: Anatomy) -> Parts | None:
-    """The parts of a family whose FFN is the last thing in a block; None of others."""
-    residual, coupling = anatomy.family.residual, anatomy.find("neurons")
-    if residual is None or coupling is None or coupling.readers:
-        return None
-    *others, last = residual.stages
-    branches = [branch for stage in others for branch in stage.branches]
-    alone = len(last.branches) == 1 and anatomy.denses[coupling.consumer].reads in last.writes
-    if not alone or any(len(branch) > 1 for branch in branches):
-        return None
-    return Parts(
-        before=tuple(branch[0] for branch in branches),
-        chain=last.branches[0],
-        consumer=coupling.consumer,
-        changed=frozenset((*coupling.producers, coupling.consumer)),
-    )
 
 
 def kept_bytes(method: Method, anatomy: Anatomy, tokens: int) -> int:
@@ -76,7 +41,8 @@ def kept_bytes(method: Method, anatomy: Anatomy, tokens: int) -> int:
     else:
         units = {anatomy.denses[name].reads for name in anatomy.consumers("values", "neurons")}
         useful = method.signals(anatomy) <= units
-        neurons = anatomy.denses[parts.consumer].inputs
+        made_anew = method.fits_neurons(anatomy, tokens)
+        neurons = 0 if made_anew else anatomy.denses[parts.consumer].inputs
     found = 4 * tokens * (neurons + len(parts.before) * anatomy.denses[parts.consumer].rows)
     return found if useful and found <= MOST_KEPT else 0
 
@@ -119,7 +85,7 @@ def second_pass(method: Method, anatomy: Anatomy, tokens: int) -> float:
     parts = parts_of(anatomy)
     if parts is None or not kept_bytes(method, anatomy, tokens):
         return 1.0
-    if method.stages(anatomy):
+    if method.stages(anatomy) or method.fits_neurons(anatomy, tokens):
         runs = parts.changed
     elif method.signals(anatomy) == {anatomy.denses[parts.consumer].reads}:
         runs = frozenset({parts.consumer})
@@ -140,6 +106,7 @@ class Passed:
     def __init__(self, method: Method, anatomy: Anatomy, tokens: int) -> None:
         self._parts = parts_of(anatomy) if kept_bytes(method, anatomy, tokens) else None
         self._in_stages = bool(method.stages(anatomy))
+        self._keeps_neurons = not self._in_stages and not method.fits_neurons(anatomy, tokens)
         self._outputs: dict[str, list[Any]] = {}
         self._neurons: list[torch.Tensor] = []
 
@@ -165,7 +132,7 @@ class Passed:
             block.get_submodule(path).register_forward_hook(put_out(path))
             for path in self._parts.before
         ]
-        if not self._in_stages:
+        if self._keeps_neurons:
             consumer = block.get_submodule(self._parts.consumer)
             handles.append(consumer.register_forward_pre_hook(read))
         try:
@@ -193,6 +160,11 @@ class Passed:
         if not changed <= parts.changed:
             yield
             return
+        if not self._keeps_neurons:
+            with ExitStack() as stack:
+                self._stand_in_before(block, stack)
+                yield
+            return
         consumer, neurons = block.get_submodule(parts.consumer), iter(self._neurons)
 
         def read(x: torch.Tensor) -> torch.Tensor:
@@ -203,29 +175,18 @@ class Passed:
             self._stand_in_before(block, stack)
             first, *others = parts.chain
             if others:  # the last of them reads the neurons by itself
-                stack.enter_context(_stood_in(block, first, lambda _: next(neurons)))
+                stack.enter_context(stood_in(block, first, lambda _: next(neurons)))
             else:
-                stack.enter_context(_stood_in(block, first, lambda _: read(next(neurons))))
+                stack.enter_context(stood_in(block, first, lambda _: read(next(neurons))))
             for path in others[:-1]:
-                stack.enter_context(_stood_in(block, path, lambda x: x))
+                stack.enter_context(stood_in(block, path, lambda x: x))
             yield
 
     def _stand_in_before(self, block: nn.Module, stack: ExitStack) -> None:
         for path, outputs in self._outputs.items():
-            stack.enter_context(_stood_in(block, path, _each(outputs)))
+            stack.enter_context(stood_in(block, path, _each(outputs)))
 
 
 def _each(outputs: Sequence[Any]) -> Callable[..., Any]:
     again = iter(outputs)
     return lambda *_, **__: next(again)
-
-
-@contextmanager
-def _stood_in(block: nn.Module, path: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Let a function run in the place of a module's own code."""
-    module: Any = block.get_submodule(path)
-    module.forward = function
-    try:
-        yield
-    finally:
-        del module.forward

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from secateur.anatomy import Anatomy
 from secateur.forms import Form
+from secateur.neurons import Neurons
 from secateur.plans import BlockCut
 from secateur.solvers.budget import in_units
 from secateur.statistics import Channels, Moments, moments_work
@@ -63,6 +64,7 @@ class Block:
         prepared: what :meth:`Method.prepare` said of the block, where it was asked first.
         influence: how much the uncut block changes the hidden state
             (:meth:`Method.layer_importance`), in a survey by statistics that runs the blocks.
+        neurons: what went into the FFN, where the method asked (:meth:`Method.fits_neurons`).
     """
 
     source: int
@@ -78,6 +80,7 @@ class Block:
     gradients: Iterator[dict[str, torch.Tensor]] = field(default_factory=lambda: iter(()))
     prepared: Any = None
     influence: float = 1.0
+    neurons: Neurons | None = None
 
 
 class AnyMethod(ABC):
@@ -177,6 +180,14 @@ class Method(AnyMethod):
     def windows_apart(self, windows: int) -> int:
         """Windows at the end that are kept apart (:attr:`held_out`)."""
         return math.ceil(self.held_out * windows)
+
+    def fits_neurons(self, anatomy: Anatomy, tokens: int) -> bool:
+        """Whether layers that make neurons get new weights, for which the FFN's inputs are kept.
+
+        Args:
+            tokens: that statistics are taken from.
+        """
+        return False
 
     def signals(self, anatomy: Anatomy) -> set[str]:
         """Signals of which statistics are needed; none need no run of the model."""

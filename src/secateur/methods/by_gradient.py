@@ -16,13 +16,21 @@ from pydantic import Field
 from secateur.anatomy import Anatomy
 from secateur.methods.base import Share, Shares
 from secateur.methods.scored import Scored, ScoredOptions, Scores, lowest_units
+from secateur.methods.units import Exempt, exempt
+
+#: Blocks that LLM-Pruner spares of 32.
+EXEMPT_FIRST, EXEMPT_LAST = 4, 2
 
 
 class GradientOptions(ScoredOptions):
     """Settings that methods with gradients have in common."""
 
-    exempt_first: int = Field(0, ge=0, description="first blocks that lose nothing")
-    exempt_last: int = Field(0, ge=0, description="last blocks that lose nothing")
+    exempt_first: Exempt = Field(
+        0, description="first blocks that lose nothing; auto: 4 of 32, fewer of few"
+    )
+    exempt_last: Exempt = Field(
+        0, description="last blocks that lose nothing; auto: 2 of 32, fewer of few"
+    )
 
 
 class ByGradient(Scored):
@@ -42,8 +50,16 @@ class ByGradient(Scored):
         """The blocks that are not exempt; where all must have one width, none is."""
         if self.form.uniform:
             return layers
-        end = max(0, len(layers) - self.options.exempt_last)
-        return layers[self.options.exempt_first : end]
+        first, last = self._exempt(len(layers))
+        return layers[first : max(0, len(layers) - last)]
+
+    def _exempt(self, depth: int) -> tuple[int, int]:
+        """Blocks that are spared at both ends; those of LLM-Pruner where nothing is said."""
+        options = self.options
+        return (
+            exempt(options.exempt_first, EXEMPT_FIRST, depth),
+            exempt(options.exempt_last, EXEMPT_LAST, depth),
+        )
 
     def ranked(self, surveys: Mapping[int, Any]) -> dict[int, Scores]:
         """Scores of the units of each block from what was remembered of all."""
@@ -81,6 +97,6 @@ class ByGradient(Scored):
         return {layer: shares.get(layer, Share(0)) for layer in layers}
 
     def _ways_out(self) -> list[str]:
-        exempt = self.options.exempt_first + self.options.exempt_last
-        more = ["set exempt_first and exempt_last"] if exempt and not self.form.uniform else []
+        none = self.form.uniform or (self.options.exempt_first, self.options.exempt_last) == (0, 0)
+        more = [] if none else ["set exempt_first and exempt_last"]
         return [*super()._ways_out(), *more]

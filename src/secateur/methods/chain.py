@@ -49,6 +49,11 @@ class Chain(Method):
                 "--then makes zeros in whole units that stay, but --structure inputs removes "
                 "columns of single layers: use --structure coupled"
             )
+        if getattr(self._first.options, "rounds", 0) not in (0, "auto"):
+            raise RecipeError(
+                f"rounds is {self._first.options.rounds}, but --then needs the neurons that stay "
+                "as they were: leave it out, or set it to 0"
+            )
         pattern = self._second.pattern
         if pattern.grouped and self.form.multiple % pattern.group:
             raise RecipeError(
@@ -81,6 +86,10 @@ class Chain(Method):
 
     def copies(self, anatomy: Anatomy, windows: int, length: int) -> int:
         return self._first.copies(anatomy, windows, length)
+
+    def fits_neurons(self, anatomy: Anatomy, tokens: int) -> bool:
+        """Never: the second method reads statistics of the neurons as they were."""
+        return False
 
     def written(self, anatomy: Anatomy, windows: int, length: int) -> int:
         return self._first.written(anatomy, windows, length)

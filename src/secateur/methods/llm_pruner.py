@@ -14,7 +14,7 @@ from secateur.methods.base import Block
 from secateur.methods.by_gradient import ByGradient, GradientOptions
 from secateur.methods.registry import register
 from secateur.methods.scored import Scores
-from secateur.methods.units import members
+from secateur.methods.units import Exempt, members
 from secateur.solvers.taylor import GradientSums, Order, Reduction, loss_change, over_units, reduced
 
 #: Term of the Taylor series by the name of the score.
@@ -37,8 +37,12 @@ class LlmPrunerOptions(GradientOptions):
     shares: Literal["local", "global"] = Field(
         "local", description="the same share of each block, or one order over all blocks"
     )
-    exempt_first: int = Field(4, ge=0, description="first blocks that lose nothing")
-    exempt_last: int = Field(2, ge=0, description="last blocks that lose nothing")
+    exempt_first: Exempt = Field(
+        "auto", description="first blocks that lose nothing; auto: 4 of 32, fewer of few"
+    )
+    exempt_last: Exempt = Field(
+        "auto", description="last blocks that lose nothing; auto: 2 of 32, fewer of few"
+    )
 
 
 @register

@@ -17,9 +17,12 @@ from secateur.errors import RecipeError
 from secateur.methods.base import Block
 from secateur.methods.registry import register
 from secateur.methods.structured import Structured, StructuredOptions, short
+from secateur.neurons import Neurons, parts_of
 from secateur.plans import BlockCut
 from secateur.solvers.brain_surgeon import GreedyOrder
+from secateur.solvers.gauss_newton import NeuronFit
 from secateur.solvers.inverses import inverse_from
+from secateur.solvers.ladder import solving_for
 from secateur.solvers.refit import PULLS, chosen_pull, fitted_weights, relative_error
 from secateur.statistics import are_few
 
@@ -35,6 +38,11 @@ COPIES_BESIDE = 4
 #: Inputs of a layer above which auto makes no more copies than leave its tokens few
 #: (:attr:`Moments.rows`): inverses of the second moment would take ten times what its weight does.
 WIDE = 4096
+
+
+#: Tokens from which auto fits the layers that make neurons, and rounds of it.
+MANY_TOKENS = 30_000
+ROUNDS = 2
 
 
 class ObsOptions(StructuredOptions):
@@ -69,6 +77,11 @@ class ObsOptions(StructuredOptions):
         description="what a token weighs in choice and fit: by the size of the hidden state that "
         "the layer's output is added to, or all the same",
     )
+    rounds: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="rounds in which the layers that make the neurons are fitted too; auto: 2 from "
+        "30,000 tokens on where the blocks are below 1 GiB in float32, which takes as long again",
+    )
     steps: int = Field(256, ge=8, description="steps of the greedy removal in each layer")
 
 
@@ -93,6 +106,11 @@ class Obs(Structured):
                 "method obs removes whole units, not inputs of single layers: use --structure "
                 "coupled, or --method comp"
             )
+        if self.options.rounds not in (0, "auto") and parts_of(anatomy) is None:
+            raise RecipeError(
+                f"rounds is {self.options.rounds}, but blocks of {anatomy.model_type} do not end "
+                "with an FFN of their own: leave it out, or set it to 0"
+            )
 
     def copies(self, anatomy: Anatomy, windows: int, length: int) -> int:
         if not self.options.refit:
@@ -115,7 +133,7 @@ class Obs(Structured):
         if not self.options.refit:
             return 0
         if self.options.written == "auto":
-            small = 4 * anatomy.decoder_parameters <= SMALL
+            small = is_small(anatomy)
             lacking = bool(self._lacking(windows, length))
             return WRITTEN_TOKENS // length if small and lacking else 0
         return int(self.options.written)
@@ -123,6 +141,39 @@ class Obs(Structured):
     def _lacking(self, windows: int, length: int) -> int:
         """How many times the calibration text would have to be there once more."""
         return max(0, ENOUGH_TOKENS // (windows * length) - 1)
+
+    def rounds(self, anatomy: Anatomy, tokens: int) -> int:
+        """Rounds of :class:`NeuronFit` with so many tokens."""
+        if not self.options.refit or parts_of(anatomy) is None:
+            return 0
+        if self.options.rounds != "auto":
+            return int(self.options.rounds)
+        return ROUNDS if is_small(anatomy) and tokens >= MANY_TOKENS else 0
+
+    def fits_neurons(self, anatomy: Anatomy, tokens: int) -> bool:
+        return self.rounds(anatomy, tokens) > 0
+
+    def cut(self, block: Block, quota: int) -> BlockCut:
+        cut = super().cut(block, quota)
+        if block.neurons is not None:
+            self._fit_neurons(block, block.neurons, cut)
+        return cut
+
+    def _fit_neurons(self, block: Block, neurons: Neurons, cut: BlockCut) -> None:
+        """New weights of the layers that make neurons and of the one that reads them."""
+        name, parts = neurons.parts.consumer, neurons.parts
+        pull = cut.notes.get("pull", {}).get(name)
+        if pull is None:  # nothing went, or no fit was better than none
+            return
+        with solving_for(name):
+            weights = {path: block.weights[path] for path in parts.changed}
+            fit = NeuronFit(neurons, weights, block.biases, cut.inputs[name], cut.rows, pull)
+            found = fit.run(self.rounds(block.anatomy, len(neurons.inputs)))
+        cut.notes["rounds"] = 0 if found is None else found.rounds
+        if found is not None:
+            cut.notes["error"][name] = short(found.error)
+            new = {**found.producers, name: found.reader.to(torch.float32)}
+            cut.weights = {**cut.weights, **new}
 
     def signals(self, anatomy: Anatomy) -> set[str]:
         """Also those of layers that read the same units, which are fitted too."""
@@ -156,6 +207,11 @@ class Obs(Structured):
     def finish_reader(self, block: Block, cut: BlockCut, name: str) -> None:
         if self.options.refit:
             Fit(block, name, self.options).finish(cut, name)
+
+
+def is_small(anatomy: Anatomy) -> bool:
+    """Whether all blocks may be in memory at once, or much beside one of them."""
+    return 4 * anatomy.decoder_parameters <= SMALL
 
 
 class Fit:

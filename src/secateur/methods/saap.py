@@ -18,7 +18,7 @@ from secateur.methods.base import Block
 from secateur.methods.by_gradient import ByGradient, GradientOptions
 from secateur.methods.registry import register
 from secateur.methods.scored import Scores
-from secateur.methods.units import members
+from secateur.methods.units import Exempt, members
 from secateur.solvers.fusion import (
     TINY,
     fluctuation,
@@ -60,8 +60,12 @@ class SaapOptions(GradientOptions):
     shares: Literal["uniform", "global"] = Field(
         "uniform", description="the same share of each block, or one order over all"
     )
-    exempt_first: int = Field(4, ge=0, description="first blocks that lose nothing")
-    exempt_last: int = Field(2, ge=0, description="last blocks that lose nothing")
+    exempt_first: Exempt = Field(
+        "auto", description="first blocks that lose nothing; auto: 4 of 32, fewer of few"
+    )
+    exempt_last: Exempt = Field(
+        "auto", description="last blocks that lose nothing; auto: 2 of 32, fewer of few"
+    )
 
 
 @register

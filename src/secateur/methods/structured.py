@@ -19,10 +19,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from secateur.anatomy import Anatomy
 from secateur.errors import RecipeError
 from secateur.methods.base import Block, Quotas
-from secateur.methods.units import Units, group_width
+from secateur.methods.units import Exempt, Units, exempt, group_width
 from secateur.plans import BlockCut
 from secateur.solvers.budget import Curve, LazyValues, share_out, threshold_search
 from secateur.solvers.ladder import solving_for
+
+#: Blocks that COMP spares of 32.
+EXEMPT_FIRST, EXEMPT_LAST = 2, 1
 
 
 class StructuredOptions(BaseModel):
@@ -45,8 +48,12 @@ class StructuredOptions(BaseModel):
     inputs: Literal["identical", "sequential"] = Field(
         "identical", description="statistics from the uncut model (the paper), or the cut prefix"
     )
-    exempt_first: int = Field(2, ge=0, description="first blocks that lose no inputs")
-    exempt_last: int = Field(1, ge=0, description="last blocks that lose no inputs")
+    exempt_first: Exempt = Field(
+        "auto", description="first blocks that lose no inputs; auto: 2 of 32, fewer of few"
+    )
+    exempt_last: Exempt = Field(
+        "auto", description="last blocks that lose no inputs; auto: 1 of 32, none of few"
+    )
     cap: float = Field(0.85, gt=0, lt=1, description="largest share that one block may lose")
     grid: int = Field(64, ge=4, description="steps of c in Algorithm 1, per linear layer")
 
@@ -94,8 +101,11 @@ class Structured(Units):
         Uniform widths leave nothing to share out: every block loses the same.
         """
         options, layers = self.options, list(importances)
-        end = len(layers) if self.form.uniform else max(0, len(layers) - options.exempt_last)
-        prunable = layers[0 if self.form.uniform else options.exempt_first : end]
+        first, last = 0, 0
+        if not self.form.uniform:
+            first = exempt(options.exempt_first, EXEMPT_FIRST, anatomy.layers)
+            last = exempt(options.exempt_last, EXEMPT_LAST, anatomy.layers)
+        prunable = layers[first : max(0, len(layers) - last)]
         cap = int(options.cap * self._most_removable(anatomy))
         if total > cap * len(prunable):
             settings = "exempt_first, exempt_last and cap"

@@ -8,15 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 
 from secateur.anatomy import Anatomy
 from secateur.coupled import live_rows, norm_scales, removed_by_counts, with_readers
 from secateur.errors import RecipeError
 from secateur.methods.base import Method
 from secateur.plans import BlockCut
+
+#: Blocks of the models that papers say how many to spare of.
+DEPTH_OF_PAPERS = 32
+
+#: How many blocks at an end are spared.
+Exempt = Annotated[int, Field(ge=0)] | Literal["auto"]
+
+
+def exempt(wanted: int | Literal["auto"], of_32: int, depth: int) -> int:
+    """Blocks to spare at one end of a model; ``auto``: the paper's number, fewer of few blocks.
+
+    Args:
+        of_32: what the paper spares of 32 blocks.
+        depth: blocks of this model.
+    """
+    return min(of_32, round(of_32 * depth / DEPTH_OF_PAPERS)) if wanted == "auto" else wanted
 
 
 class Units(Method):
