@@ -29,18 +29,23 @@ from secateur.recipe import make_recipe
 SAMPLES, LENGTH = 16, 128
 #: Evaluation.
 WINDOWS = 40
-#: The first two blocks and the last may lose something too: of six, too few would be left.
-OPEN = {"layers": 0, "exempt_first": 0, "exempt_last": 0}
+WITHIN = {"layers": 0}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "shortgpt": ("shortgpt", {}),
-    "comp, whole blocks too": ("comp", {"exempt_first": 0, "exempt_last": 0}),
-    "comp": ("comp", OPEN),
-    "comp, inputs": ("comp", {**OPEN, "denses": "all"}),
+    "sleb": ("sleb", {}),
+    "comp, whole blocks too": ("comp", {}),
+    "comp": ("comp", WITHIN),
+    "comp, inputs": ("comp", {**WITHIN, "denses": "all"}),
     "random": ("random", {}),
     "magnitude-sp": ("magnitude-sp", {}),
     "wanda-sp": ("wanda-sp", {}),
     "flap": ("flap", {}),
-    "obs": ("obs", OPEN),
+    "fpt": ("fpt", {}),
+    "llm-pruner": ("llm-pruner", {}),
+    "saap": ("saap", {}),
+    "slicegpt": ("slicegpt", {}),
+    "obs": ("obs", WITHIN),
+    "obs, whole blocks too": ("obs", {}),
 }
 #: Those that make zeros.
 SPARSE: dict[str, tuple[str, dict[str, Any]]] = {

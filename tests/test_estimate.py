@@ -164,12 +164,15 @@ def test_what_making_text_takes(model_folder: Folder) -> None:
 
 def test_a_second_pass_is_whole_where_too_much_would_be_kept(model_folder: Folder) -> None:
     anatomy = Stream(open_checkpoint(model_folder("llama-gqa-tied"))).anatomy
-    asked = method("obs", layers=0, groups="keep")
+    asked = method("obs", layers=0, groups="keep", rounds=0)
     most = MOST_KEPT // (4 * (48 + 32))  # neurons, and what attention puts out
     assert kept_bytes(asked, anatomy, most) == 4 * most * (48 + 32)
     assert kept_bytes(asked, anatomy, most + 1) == 0
     assert second_pass(asked, anatomy, most) == pytest.approx(DOWN)
     assert second_pass(asked, anatomy, most + 1) == 1
+    anew = method("obs", layers=0, groups="keep", rounds=1)  # neurons are others behind the cut
+    assert kept_bytes(anew, anatomy, 10) == 4 * 10 * 32
+    assert second_pass(anew, anatomy, 10) == pytest.approx(3 * DOWN)
     assert kept_bytes(method("comp", groups="keep"), anatomy, 10) == 0  # has no second pass
     assert second_pass(method("comp", groups="keep"), anatomy, 10) == 0
     assert kept_bytes(method("wanda", "50%", scope="block"), anatomy, 10) == 0

@@ -243,6 +243,10 @@ def test_auto_fits_where_there_is_much_text(model_folder: Folder) -> None:
     assert isinstance(auto, Method)
     assert not auto.fits_neurons(anatomy, 29_999)
     assert auto.fits_neurons(anatomy, 30_000)
+    assert auto.held(anatomy, 29_999) == 0
+    # Inputs, outputs and errors of the FFN, and slopes of gate and up.
+    assert auto.held(anatomy, 30_000) == 4 * 30_000 * (3 * 32 + 2 * 48)
+    assert auto.solving(anatomy, 30_000) > 3 * auto.solving(anatomy, 29_999)
     mamba = Stream(open_checkpoint(model_folder("mamba"))).anatomy
     assert not auto.fits_neurons(mamba, 30_000)
 

@@ -205,6 +205,14 @@ class Method(AnyMethod):
         widths = {d.reads: d.inputs for d in anatomy.denses.values() if d.reads in signals}
         return sum(moments_work(width, tokens) for width in widths.values())
 
+    def held(self, anatomy: Anatomy, tokens: int) -> int:
+        """Bytes of activations that the cut of a block holds beside statistics, for the estimate.
+
+        Args:
+            tokens: that statistics are taken from.
+        """
+        return 0
+
     def relative(self, anatomy: Anatomy) -> set[str]:
         """Signals whose tokens count by :func:`secateur.statistics.relative_to`."""
         return set()

@@ -19,6 +19,7 @@ from secateur.methods.registry import register
 from secateur.methods.structured import Structured, StructuredOptions, short
 from secateur.neurons import Neurons, parts_of
 from secateur.plans import BlockCut
+from secateur.solvers import gauss_newton
 from secateur.solvers.brain_surgeon import GreedyOrder
 from secateur.solvers.gauss_newton import NeuronFit
 from secateur.solvers.inverses import inverse_from
@@ -194,7 +195,22 @@ class Obs(Structured):
             rows, width = anatomy.denses[name].rows, anatomy.denses[name].inputs
             size = min(tokens, width)
             found += 2 * (pulls * size**3 / 3 + 6 * rows * width * size)
+        if rounds := self.rounds(anatomy, tokens):
+            found += gauss_newton.work(*self._ffn(anatomy), tokens, rounds)
         return found
+
+    def held(self, anatomy: Anatomy, tokens: int) -> int:
+        if not self.rounds(anatomy, tokens):
+            return 0
+        return gauss_newton.held(*self._ffn(anatomy), tokens)
+
+    def _ffn(self, anatomy: Anatomy) -> tuple[int, int, int]:
+        """Hidden size, producers and neurons of the uncut FFN."""
+        parts = parts_of(anatomy)
+        assert parts is not None
+        consumer = anatomy.denses[parts.consumer]
+        made = sum(anatomy.denses[name].rows for name in parts.producers)
+        return consumer.rows, made // consumer.inputs, consumer.inputs
 
     def relative(self, anatomy: Anatomy) -> set[str]:
         if self.options.tokens == "alike":

@@ -30,7 +30,8 @@ import torch
 
 from secateur.finite import all_finite
 from secateur.neurons import Neurons
-from secateur.solvers.ladder import DAMPINGS, NO_TUNING, climbed
+from secateur.solvers.ladder import NO_TUNING, climbed
+from secateur.solvers.refit import with_a_pull
 from secateur.statistics import Moments, product
 
 #: Steps of conjugate gradients in a round: with more, the first order is left behind sooner than
@@ -43,6 +44,24 @@ CHUNK = 4096
 
 #: Weights by the path of their layer.
 Weights = dict[str, torch.Tensor]
+
+
+def work(hidden: int, producers: int, neurons: int, tokens: int, rounds: int) -> float:
+    """Operations of a fit, for the estimate of time.
+
+    Args:
+        producers: layers that make neurons.
+        neurons: that stay.
+    """
+    layer = 2.0 * tokens * hidden * neurons
+    fed, pair = producers + 1, 2 * (producers + 1)  # the FFN once; J and J^T once
+    reader = fed + neurons / hidden / 2
+    return layer * (fed + reader + rounds * (fed + pair / 2 + STEPS * pair + reader))
+
+
+def held(hidden: int, producers: int, neurons: int, tokens: int) -> int:
+    """Bytes that a fit holds: what the FFN reads and puts out, and slopes of all tokens."""
+    return 4 * tokens * (3 * hidden + producers * neurons)
 
 
 @dataclass(frozen=True)
@@ -167,16 +186,19 @@ class NeuronFit:
             across += product(wanted.T, z)
         second = moments.covariance
         mean = float(second.diagonal().mean())
-        for step in DAMPINGS:
-            pull = self._pull * step * (mean if mean > 0 else 1.0)
+        first = self._pull * mean if mean > 0 else 1.0
+
+        def solved(step: float) -> torch.Tensor | None:
             damped = second.clone()
-            damped.diagonal().add_(pull)
+            damped.diagonal().add_(first * step)
             factor, info = torch.linalg.cholesky_ex(damped)
-            if not int(info):
-                right = across / moments.tokens + pull * old
-                return torch.cholesky_solve(right.T, factor).T
-        climbed(NO_TUNING)
-        return old
+            if int(info):
+                return None
+            right = across / moments.tokens + first * step * old
+            return torch.cholesky_solve(right.T, factor).T
+
+        found = with_a_pull(self._pull, solved)
+        return old if found is None else found
 
     def _error(self, producers: Weights, reader: torch.Tensor, first: int) -> float:
         """What is off of the tokens from ``first`` on, as a share of what they put out."""

@@ -156,7 +156,7 @@ class OfFew:
             factor, info = torch.linalg.cholesky_ex(matrix, out=(matrix, info))
             return None if int(info) else torch.cholesky_solve(self.lost.T, factor).T
 
-        return _with_a_pull(pull, solved)
+        return with_a_pull(pull, solved)
 
 
 class OfMany:
@@ -193,7 +193,7 @@ class OfMany:
             half = torch.linalg.solve_triangular(factor, self.lost.T, upper=False)
             return torch.linalg.solve_triangular(factor.T, half, upper=True).T
 
-        return _with_a_pull(pull, solved)
+        return with_a_pull(pull, solved)
 
     def loss(self, step: torch.Tensor | None) -> float:
         """E||D x_S - W_P x_P||^2, with D or with none."""
@@ -217,9 +217,7 @@ def refit(
     return own if step is None else own + step
 
 
-def _with_a_pull(
-    pull: float, solved: Callable[[float], torch.Tensor | None]
-) -> torch.Tensor | None:
+def with_a_pull(pull: float, solved: Callable[[float], torch.Tensor | None]) -> torch.Tensor | None:
     """What a fit gives with the pull times the first step of the ladder at which it is finite.
 
     Damping is the pull here: the more of it, the less is fitted.
