@@ -164,6 +164,15 @@ def test_one_order_over_all_blocks(
     check_total(result.asked, result.plan, 1)
 
 
+@pytest.mark.parametrize("name", ["llm-pruner", "saap"])
+def test_as_many_blocks_are_spared_as_the_depth_allows(name: str) -> None:
+    found: Any = get_method(name, {})
+    assert list(found.surveyed(range(5))) == [1, 2, 3, 4]
+    assert list(found.surveyed(range(12))) == list(range(2, 11))
+    assert list(found.surveyed(range(30))) == list(range(4, 28))
+    assert list(found.surveyed(range(80))) == list(range(4, 78))
+
+
 def test_exempt_blocks(model_folder: Folder) -> None:
     options = {"exempt_first": 1, "exempt_last": 2, "groups": "keep"}
     plan = make_plan(model_folder("opt"), recipe("8%", options=options)).plan

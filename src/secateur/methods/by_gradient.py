@@ -33,6 +33,17 @@ class GradientOptions(ScoredOptions):
     )
 
 
+class SparingOptions(GradientOptions):
+    """The same of methods that spare the ends of a model, as LLM-Pruner does."""
+
+    exempt_first: Exempt = Field(
+        "auto", description="first blocks that lose nothing; auto: 4 of 32, fewer of few"
+    )
+    exempt_last: Exempt = Field(
+        "auto", description="last blocks that lose nothing; auto: 2 of 32, fewer of few"
+    )
+
+
 class ByGradient(Scored):
     """See the module."""
 

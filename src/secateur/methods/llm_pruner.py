@@ -11,10 +11,10 @@ from typing import Literal
 from pydantic import Field
 
 from secateur.methods.base import Block
-from secateur.methods.by_gradient import ByGradient, GradientOptions
+from secateur.methods.by_gradient import ByGradient, SparingOptions
 from secateur.methods.registry import register
 from secateur.methods.scored import Scores
-from secateur.methods.units import Exempt, members
+from secateur.methods.units import members
 from secateur.solvers.taylor import GradientSums, Order, Reduction, loss_change, over_units, reduced
 
 #: Term of the Taylor series by the name of the score.
@@ -23,7 +23,7 @@ ORDERS: dict[str, Order] = {
 }  # fmt: skip
 
 
-class LlmPrunerOptions(GradientOptions):
+class LlmPrunerOptions(SparingOptions):
     """Settings of LLM-Pruner."""
 
     score: Literal["param_first", "param_second", "param_mix", "vector"] = Field(
@@ -36,12 +36,6 @@ class LlmPrunerOptions(GradientOptions):
     )
     shares: Literal["local", "global"] = Field(
         "local", description="the same share of each block, or one order over all blocks"
-    )
-    exempt_first: Exempt = Field(
-        "auto", description="first blocks that lose nothing; auto: 4 of 32, fewer of few"
-    )
-    exempt_last: Exempt = Field(
-        "auto", description="last blocks that lose nothing; auto: 2 of 32, fewer of few"
     )
 
 

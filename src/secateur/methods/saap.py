@@ -15,10 +15,10 @@ import torch
 from pydantic import Field
 
 from secateur.methods.base import Block
-from secateur.methods.by_gradient import ByGradient, GradientOptions
+from secateur.methods.by_gradient import ByGradient, SparingOptions
 from secateur.methods.registry import register
 from secateur.methods.scored import Scores
-from secateur.methods.units import Exempt, members
+from secateur.methods.units import members
 from secateur.solvers.fusion import (
     TINY,
     fluctuation,
@@ -31,7 +31,7 @@ from secateur.solvers.pooling import standardised
 from secateur.solvers.taylor import GradientSums, loss_change, of_sums, over_units
 
 
-class SaapOptions(GradientOptions):
+class SaapOptions(SparingOptions):
     """Settings of SAAP as we read it."""
 
     order: Literal["second", "mixed"] = Field(
@@ -59,12 +59,6 @@ class SaapOptions(GradientOptions):
     )
     shares: Literal["uniform", "global"] = Field(
         "uniform", description="the same share of each block, or one order over all"
-    )
-    exempt_first: Exempt = Field(
-        "auto", description="first blocks that lose nothing; auto: 4 of 32, fewer of few"
-    )
-    exempt_last: Exempt = Field(
-        "auto", description="last blocks that lose nothing; auto: 2 of 32, fewer of few"
     )
 
 
