@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from secateur.solvers import brain_surgeon
 from secateur.solvers.brain_surgeon import GreedyOrder
 from secateur.solvers.gram import damped
 from secateur.solvers.inverses import InverseOfFew, WholeInverse
@@ -69,6 +70,17 @@ def test_the_first_to_go_costs_least(seed: int) -> None:
     order = greedy(weight, second, 1e-9)
     order.error(1)
     assert int(order.order[0]) == costs.index(min(costs))
+
+
+@pytest.mark.parametrize("unit", [1, 4])
+def test_large_layers_in_float32_lose_the_same(unit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, second = problem(3, rows=16, inputs=96, tokens=300)
+    exact = greedy(weight, second, unit=unit)
+    monkeypatch.setattr(brain_surgeon, "LARGE", 0)
+    found = greedy(weight, second, unit=unit)
+    assert torch.equal(found.kept(64), exact.kept(64))
+    for removed in range(4, 68, 4):
+        assert found.error(removed) == pytest.approx(exact.error(removed), rel=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -152,7 +152,7 @@ def test_a_large_block_waits_while_its_layers_are_solved(
     )
 
 
-def test_what_making_text_takes(model_folder: Folder) -> None:
+def test_what_making_text_takes(model_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten windows, three of them for judging: copies of seven, a fifth of each drawn anew."""
     anatomy = Stream(open_checkpoint(model_folder("llama-gqa-tied"))).anatomy
     found = text_work(method("obs", copies=4, written=64), anatomy, 10, 128)
@@ -160,6 +160,9 @@ def test_what_making_text_takes(model_folder: Folder) -> None:
     assert found.passes == pytest.approx((28 + 64) / 102)
     assert found.heads == pytest.approx((0.2 * 28 + 64) / 102)
     assert text_work(method("comp"), anatomy, 10, 128) == TextWork(10, 0, 0)
+    monkeypatch.setattr("secateur.methods.obs.SMALL", 0)  # copies of a large model: one pass
+    found = text_work(method("obs", copies=4), anatomy, 10, 128)
+    assert (found.windows, found.passes) == (38, pytest.approx(7 / 38))
 
 
 def test_a_second_pass_is_whole_where_too_much_would_be_kept(model_folder: Folder) -> None:

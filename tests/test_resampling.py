@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,21 +27,42 @@ from secateur.streaming import Stream
 Folder = Callable[[str], Path]
 
 
-def resampler(folder: Path, rate: float = 0.5, seed: int = 0) -> Resampler:
+def resampler(folder: Path, rate: float = 0.5, seed: int = 0, chained: bool = True) -> Resampler:
     stream = Stream(open_checkpoint(folder))
-    return Resampler(stream, rate=rate, seed=seed, progress=Progress())
+    return Resampler(stream, rate=rate, seed=seed, progress=Progress(), chained=chained)
 
 
-def test_copies_are_the_same_whichever_windows_are_asked_for(model_folder: Folder) -> None:
+@pytest.mark.parametrize("chained", [True, False])
+def test_copies_are_the_same_whichever_windows_are_asked_for(
+    chained: bool, model_folder: Folder
+) -> None:
     folder, tokens = model_folder("llama-gqa-tied"), random_tokens(4, 10)
-    made = resampler(folder).copies(tokens, 2)
+    make = partial(resampler, folder, chained=chained)
+    made = make().copies(tokens, 2)
     assert made.shape == (2, 4, 10)
-    asked_before = resampler(folder)
+    asked_before = make()
     assert torch.equal(asked_before.copies(tokens, 1), made[:1])
     assert torch.equal(asked_before.copies(tokens[:3], 2), made[:, :3])
-    assert torch.equal(resampler(folder).copies(tokens[:3], 2), made[:, :3])
-    assert not torch.equal(resampler(folder, seed=1).copies(tokens, 2), made)
+    assert torch.equal(make().copies(tokens[:3], 2), made[:, :3])
+    assert not torch.equal(make(seed=1).copies(tokens, 2), made)
     assert asked_before.copies(tokens, 0).shape == (0, 4, 10)
+
+
+@pytest.mark.parametrize(("chained", "passes"), [(True, 3), (False, 1)])
+def test_copies_start_from_the_one_before_or_all_from_one_pass(
+    chained: bool, passes: int, model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_by = resampler(model_folder("llama-gqa-tied"), chained=chained)
+    run, calls = Stream.forward, []
+    monkeypatch.setattr(Stream, "forward", lambda *args: calls.append(args[1]) or run(*args))
+    tokens = random_tokens(6, 20)
+    copies = made_by.copies(tokens, 3)
+    assert len(calls) == passes
+    for number, copy in enumerate(copies):
+        before = copies[number - 1] if chained and number else tokens
+        replaced, _ = made_by._places(tokens, number)
+        assert torch.equal(copy[:, 1:][~replaced], before[:, 1:][~replaced])
+        assert not torch.equal(copy[:, 1:][replaced], before[:, 1:][replaced])
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])

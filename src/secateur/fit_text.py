@@ -37,7 +37,10 @@ def text_work(method: Method, anatomy: Anatomy, samples: int, length: int) -> Te
     windows = method.windows_seen(samples, copies, written)
     copied = windows - samples - written
     heads = copied * method.resampled + written
-    return TextWork(windows, (copied + written) / windows, heads / windows)
+    passed = copied
+    if copies and not method.chains_copies(anatomy):
+        passed = copied // copies
+    return TextWork(windows, (passed + written) / windows, heads / windows)
 
 
 class FitText:
@@ -51,7 +54,13 @@ class FitText:
         self._stream = stream
         self._method = method
         self._author = Author(stream, seed=seed, progress=progress)
-        self._resampler = Resampler(stream, rate=method.resampled, seed=seed, progress=progress)
+        self._resampler = Resampler(
+            stream,
+            rate=method.resampled,
+            seed=seed,
+            progress=progress,
+            chained=method.chains_copies(stream.anatomy),
+        )
 
     def expect(self, tokens: torch.Tensor) -> None:
         """All windows that will be asked for, where fewer are asked for first."""

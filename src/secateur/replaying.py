@@ -27,7 +27,7 @@ from secateur.neurons import parts_of, stood_in
 from secateur.plans import BlockCut
 
 #: Bytes of one block's activations that are kept for the second pass; more than these are not.
-MOST_KEPT = 2**28
+MOST_KEPT = 3 * 2**27
 
 
 def kept_bytes(method: Method, anatomy: Anatomy, tokens: int) -> int:

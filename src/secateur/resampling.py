@@ -2,8 +2,9 @@
 
 Ten short windows are too few to fit weights to, and the model knows what other text looks like: in
 every copy a share of the tokens is replaced by draws from the model's own predictions at their
-places, and the next copy starts from this one. One pass over the blocks makes one copy of all
-windows, so it streams like everything else and needs no text.
+places. Copies in a chain start each from the one before, which takes a pass over the blocks for
+every copy; else all start from the original windows, whose predictions come from one pass. So it
+streams like everything else and needs no text.
 """
 
 from __future__ import annotations
@@ -20,13 +21,23 @@ class Resampler:
 
     Args:
         rate: share of the tokens that each copy draws anew; the first of a window stays.
+        chained: whether each copy starts from the one before.
         seed: with the numbers of copy and window it decides every draw, so that a copy does not
             depend on which other windows are asked for.
     """
 
-    def __init__(self, stream: Stream, *, rate: float, seed: int, progress: Progress) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        *,
+        rate: float,
+        seed: int,
+        progress: Progress,
+        chained: bool = True,
+    ) -> None:
         self._stream = stream
         self._rate = rate
+        self._chained = chained
         self._seed = seed
         self._progress = progress
         self._source = torch.empty(0, 0, dtype=torch.int64)
@@ -47,9 +58,12 @@ class Resampler:
         """
         if not self._are_known(tokens):
             self.expect(tokens)
-        while len(self._copies) < times:
-            last = self._copies[-1] if self._copies else self._source
-            self._copies.append(self._next(last, len(self._copies)))
+        while (there := len(self._copies)) < times:
+            if self._chained:
+                last = self._copies[-1] if self._copies else self._source
+                self._copies += self._drawn_from(last, range(there, there + 1))
+            else:
+                self._copies += self._drawn_from(self._source, range(there, times))
         made = [copy[: len(tokens)] for copy in self._copies[:times]]
         return torch.stack(made) if made else tokens.new_empty(0, *tokens.shape)
 
@@ -62,23 +76,29 @@ class Resampler:
         return known.shape == tokens.shape and torch.equal(known, tokens)
 
     @torch.no_grad()
-    def _next(self, tokens: torch.Tensor, number: int) -> torch.Tensor:
+    def _drawn_from(self, tokens: torch.Tensor, numbers: range) -> list[torch.Tensor]:
+        """The copies of these numbers, by the predictions of one pass."""
         stream = self._stream
         layers = range(stream.anatomy.layers)
-        self._progress.stage(f"drawing copy {number + 1} of the calibration text", len(layers))
+        which = f"copy {numbers[0] + 1}" if len(numbers) == 1 else f"{len(numbers)} copies"
+        self._progress.stage(f"drawing {which} of the calibration text", len(layers))
         hidden = stream.forward(tokens, lambda layer: self._progress.step(f"block {layer}"))
-        replaced, uniform = self._places(tokens, number)
-        # A place is predicted by the one before it. Head and draw are made for these alone.
-        behind, before = hidden[:, :-1][replaced.to(hidden.device)], tokens[:, :-1][replaced]
-        copy = tokens.clone()
-        new = tokens.new_empty(len(before))
+        found = []
         with stream.outside():
-            for _, start, logits in stream.head_pieces(behind[None], before[None]):
-                part = slice(start, start + len(logits))
-                new[part] = drawn(logits, uniform[replaced][part]).to(new)
-        copy[:, 1:][replaced] = new
+            for number in numbers:
+                replaced, uniform = self._places(tokens, number)
+                # A place is predicted by the one before it. Head and draw are made for these alone.
+                behind = hidden[:, :-1][replaced.to(hidden.device)]
+                before = tokens[:, :-1][replaced]
+                copy = tokens.clone()
+                new = tokens.new_empty(len(before))
+                for _, start, logits in stream.head_pieces(behind[None], before[None]):
+                    part = slice(start, start + len(logits))
+                    new[part] = drawn(logits, uniform[replaced][part]).to(new)
+                copy[:, 1:][replaced] = new
+                found.append(copy)
         self._progress.finish()
-        return copy
+        return found
 
     def _places(self, tokens: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Which tokens but the first are replaced, and the number that each is drawn by.

@@ -169,6 +169,10 @@ class Method(AnyMethod):
         """Resampled copies of the calibration windows that statistics are taken from as well."""
         return 0
 
+    def chains_copies(self, anatomy: Anatomy) -> bool:
+        """Whether each copy starts from the one before, which takes a pass over the model each."""
+        return True
+
     def written(self, anatomy: Anatomy, windows: int, length: int) -> int:
         """Windows that the model writes itself, from which statistics are taken as well."""
         return 0

@@ -91,6 +91,9 @@ class Chain(Method):
         """Never: the second method reads statistics of the neurons as they were."""
         return False
 
+    def chains_copies(self, anatomy: Anatomy) -> bool:
+        return self._first.chains_copies(anatomy)
+
     def written(self, anatomy: Anatomy, windows: int, length: int) -> int:
         return self._first.written(anatomy, windows, length)
 

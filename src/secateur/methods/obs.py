@@ -130,6 +130,9 @@ class Obs(Structured):
             return wanted
         return max(copies for copies in range(wanted + 1) if few(copies))
 
+    def chains_copies(self, anatomy: Anatomy) -> bool:
+        return is_small(anatomy)
+
     def written(self, anatomy: Anatomy, windows: int, length: int) -> int:
         if not self.options.refit:
             return 0

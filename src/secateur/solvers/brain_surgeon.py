@@ -22,6 +22,9 @@ from secateur.solvers.inverses import Inverse
 from secateur.solvers.ladder import factors, solve
 from secateur.solvers.ladder import inverse as inverse_matrix
 
+#: Weights of a layer from which on they are followed through the removal in float32.
+LARGE = 2**24
+
 
 class GreedyOrder:
     """The order in which pieces of inputs go, and the least error after each step.
@@ -47,8 +50,10 @@ class GreedyOrder:
         self._unit, self._inverse = unit, inverse
         self._whole = inverse.energy(weight)
         self._blocks = inverse.blocks(unit)
-        # Transposed: what is asked of it, step after step, is the norm of each input's weights.
-        self._left = weight.T.to(torch.float64).contiguous()
+        # Transposed: what is asked of it, step after step, is the norm of each input's weights. It
+        # is read and written whole in every step, which is most of the time of a large layer.
+        kind = torch.float32 if weight.numel() >= LARGE else torch.float64
+        self._left = weight.T.to(kind).contiguous()
         pieces = len(self._blocks)
         self._together = max(1, pieces // steps)
         self._alive = torch.ones(pieces, dtype=torch.bool, device=device)
@@ -98,10 +103,10 @@ class GreedyOrder:
         done = self._factor[: self._used]
         columns = self._inverse.columns(inputs) - done.T @ done[:, inputs]
         block = inverse_matrix(columns[inputs])
-        own = self._left[inputs]
+        own = self._left[inputs].double()
         taken = block @ own
         self._errors.append(self._errors[-1] + float((taken * own).sum()))
-        self._left.addmm_(columns, taken, alpha=-1)
+        self._left.addmm_(columns.to(self._left), taken.to(self._left), alpha=-1)
         rows = factors(((block + block.T) / 2)[None])[0].T @ columns.T
         self._remember(rows)
         part = rows.reshape(len(rows), len(self._blocks), self._unit).permute(1, 2, 0)
@@ -125,6 +130,7 @@ class GreedyOrder:
     def _losses(self) -> torch.Tensor:
         """L of each piece alone, (q / unit,)."""
         if self._unit == 1:
-            return torch.linalg.vector_norm(self._left, dim=1).square() / self._blocks[:, 0, 0]
-        own = self._left.reshape(len(self._blocks), self._unit, -1)
+            norms = torch.linalg.vector_norm(self._left, dim=1).double()
+            return norms.square() / self._blocks[:, 0, 0]
+        own = self._left.reshape(len(self._blocks), self._unit, -1).double()
         return (solve(self._blocks, own) * own).sum((1, 2))
