@@ -16,25 +16,14 @@ from pydantic import Field
 from secateur.anatomy import Anatomy
 from secateur.methods.base import Share, Shares
 from secateur.methods.scored import Scored, ScoredOptions, Scores, lowest_units
-from secateur.methods.units import Exempt, exempt
+from secateur.methods.units import Exempt, not_exempt
 
-#: Blocks that LLM-Pruner spares of 32.
-EXEMPT_FIRST, EXEMPT_LAST = 4, 2
+#: First and last blocks that LLM-Pruner spares of 32.
+EXEMPT = (4, 2)
 
 
 class GradientOptions(ScoredOptions):
     """Settings that methods with gradients have in common."""
-
-    exempt_first: Exempt = Field(
-        0, description="first blocks that lose nothing; auto: 4 of 32, fewer of few"
-    )
-    exempt_last: Exempt = Field(
-        0, description="last blocks that lose nothing; auto: 2 of 32, fewer of few"
-    )
-
-
-class SparingOptions(GradientOptions):
-    """The same of methods that spare the ends of a model, as LLM-Pruner does."""
 
     exempt_first: Exempt = Field(
         "auto", description="first blocks that lose nothing; auto: 4 of 32, fewer of few"
@@ -61,16 +50,7 @@ class ByGradient(Scored):
         """The blocks that are not exempt; where all must have one width, none is."""
         if self.form.uniform:
             return layers
-        first, last = self._exempt(len(layers))
-        return layers[first : max(0, len(layers) - last)]
-
-    def _exempt(self, depth: int) -> tuple[int, int]:
-        """Blocks that are spared at both ends; those of LLM-Pruner where nothing is said."""
-        options = self.options
-        return (
-            exempt(options.exempt_first, EXEMPT_FIRST, depth),
-            exempt(options.exempt_last, EXEMPT_LAST, depth),
-        )
+        return not_exempt(layers, self.options, EXEMPT, len(layers))
 
     def ranked(self, surveys: Mapping[int, Any]) -> dict[int, Scores]:
         """Scores of the units of each block from what was remembered of all."""

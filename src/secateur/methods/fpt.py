@@ -17,6 +17,7 @@ from secateur.methods.base import Block
 from secateur.methods.by_gradient import ByGradient, GradientOptions
 from secateur.methods.registry import register
 from secateur.methods.scored import Scores
+from secateur.methods.units import Exempt
 from secateur.plans import BlockCut
 from secateur.solvers.budget import nearest
 from secateur.solvers.gram import gram, ordering
@@ -41,6 +42,8 @@ class FptOptions(GradientOptions):
         "sequential", description="mask tuning on the cut prefix, or on the uncut model"
     )
     batch: int = Field(1, ge=1, description="windows whose gradients are one vector of Fisher's")
+    exempt_first: Exempt = Field(0, description="first blocks that lose nothing; auto: 4 of 32")
+    exempt_last: Exempt = Field(0, description="last blocks that lose nothing; auto: 2 of 32")
 
 
 @register

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from secateur.methods.base import Block
-from secateur.methods.by_gradient import ByGradient, SparingOptions
+from secateur.methods.by_gradient import ByGradient, GradientOptions
 from secateur.methods.registry import register
 from secateur.methods.scored import Scores
 from secateur.methods.units import members
@@ -23,7 +23,7 @@ ORDERS: dict[str, Order] = {
 }  # fmt: skip
 
 
-class LlmPrunerOptions(SparingOptions):
+class LlmPrunerOptions(GradientOptions):
     """Settings of LLM-Pruner."""
 
     score: Literal["param_first", "param_second", "param_mix", "vector"] = Field(

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 
 from secateur.methods.base import Block
-from secateur.methods.by_gradient import ByGradient, SparingOptions
+from secateur.methods.by_gradient import ByGradient, GradientOptions
 from secateur.methods.registry import register
 from secateur.methods.scored import Scores
 from secateur.methods.units import members
@@ -31,7 +31,7 @@ from secateur.solvers.pooling import standardised
 from secateur.solvers.taylor import GradientSums, loss_change, of_sums, over_units
 
 
-class SaapOptions(SparingOptions):
+class SaapOptions(GradientOptions):
     """Settings of SAAP as we read it."""
 
     order: Literal["second", "mixed"] = Field(

@@ -19,13 +19,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from secateur.anatomy import Anatomy
 from secateur.errors import RecipeError
 from secateur.methods.base import Block, Quotas
-from secateur.methods.units import Exempt, Units, exempt, group_width
+from secateur.methods.units import Exempt, Units, group_width, not_exempt
 from secateur.plans import BlockCut
 from secateur.solvers.budget import Curve, LazyValues, share_out, threshold_search
 from secateur.solvers.ladder import solving_for
 
-#: Blocks that COMP spares of 32.
-EXEMPT_FIRST, EXEMPT_LAST = 2, 1
+#: First and last blocks that COMP spares of 32.
+EXEMPT = (2, 1)
 
 
 class StructuredOptions(BaseModel):
@@ -101,11 +101,9 @@ class Structured(Units):
         Uniform widths leave nothing to share out: every block loses the same.
         """
         options, layers = self.options, list(importances)
-        first, last = 0, 0
+        prunable: Sequence[int] = layers
         if not self.form.uniform:
-            first = exempt(options.exempt_first, EXEMPT_FIRST, anatomy.layers)
-            last = exempt(options.exempt_last, EXEMPT_LAST, anatomy.layers)
-        prunable = layers[first : max(0, len(layers) - last)]
+            prunable = not_exempt(layers, options, EXEMPT, anatomy.layers)
         cap = int(options.cap * self._most_removable(anatomy))
         if total > cap * len(prunable):
             settings = "exempt_first, exempt_last and cap"

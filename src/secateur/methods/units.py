@@ -36,6 +36,21 @@ def exempt(wanted: int | Literal["auto"], of_32: int, depth: int) -> int:
     return min(of_32, round(of_32 * depth / DEPTH_OF_PAPERS)) if wanted == "auto" else wanted
 
 
+def not_exempt(
+    layers: Sequence[int], options: Any, of_32: tuple[int, int], depth: int
+) -> Sequence[int]:
+    """The blocks between those that are spared at both ends.
+
+    Args:
+        layers: blocks that are left.
+        options: with ``exempt_first`` and ``exempt_last``.
+        of_32, depth: see :func:`exempt`; of both ends.
+    """
+    first = exempt(options.exempt_first, of_32[0], depth)
+    last = exempt(options.exempt_last, of_32[1], depth)
+    return layers[first : max(0, len(layers) - last)]
+
+
 class Units(Method):
     """A method that removes units at the entry of the attention output and of the FFN's last layer.
 
