@@ -132,6 +132,7 @@ def test_a_large_block_waits_while_its_layers_are_solved(
             hidden=heads,
             vocabulary=8,
             passes=1,
+            solver=method("comp").solver_bytes(anatomy, tokens),
             waits=waits,
         )
         return found.parts["a block and its matrices"]
@@ -150,6 +151,51 @@ def test_a_large_block_waits_while_its_layers_are_solved(
         10 * largest + 8 * (neurons + heads) + 12 * neurons**2,
         10 * parameters,
     )
+
+
+def test_what_solving_one_layer_takes(model_folder: Folder) -> None:
+    anatomy = Stream(open_checkpoint(model_folder("llama-gqa-tied"))).anatomy
+    hidden, neurons = 32, 48
+    whole = 6 * 8 * neurons**2
+    for name, sparsity in (("comp", None), ("obs", None), ("fpt", None), ("apt", "2:4")):
+        assert method(name, sparsity).solver_bytes(anatomy, 25) == whole
+    # Few tokens: COMP's Gram matrix in place; APT and FPT make all of it however few they are.
+    assert method("comp").solver_bytes(anatomy, 16) == 12 * neurons**2
+    assert method("comp").solver_bytes(anatomy, 24) == 6 * 8 * hidden**2  # many for attention
+    assert method("comp", order="obs").solver_bytes(anatomy, 24) == whole
+    assert method("apt", "2:4").solver_bytes(anatomy, 24) == whole
+    assert method("flap").solver_bytes(anatomy, 24) == 0
+    # obs, which of 10 tokens makes nothing of all inputs: what its order holds, or what its fit
+    # does, of the attention output and the down projection.
+    order = 8 * 10 * neurons + 8 * hidden * neurons + 8 * neurons * neurons // 2
+    fit = (4 + 12) * hidden * neurons + 4 * 10 * neurons + (16 + 4) * hidden * 10 + 8 * 10**2
+    assert fit > order
+    assert method("obs").solver_bytes(anatomy, 10) == fit
+    assert method("obs", refit=False, groups="keep").solver_bytes(anatomy, 10) == order
+    many = method("obs").solver_bytes(anatomy, 20)  # of these 32 inputs a matrix is made
+    assert many == max(6 * 8 * hidden**2, fit + 10 * (4 * neurons + 20 * hidden) + 8 * 300)
+    both = Chain(method("comp"), method("apt", "2:4"))  # type: ignore[arg-type]
+    assert both.solver_bytes(anatomy, 24) == whole
+
+
+def test_activations_of_a_call_are_gone_when_layers_are_solved(
+    model_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    anatomy = Stream(open_checkpoint(model_folder("llama-gqa-tied"))).anatomy
+
+    def activations(solver: int) -> int:
+        found = estimate(
+            anatomy, set(), windows=1, length=64, hidden=32, vocabulary=8, passes=1, solver=solver
+        )  # fmt: skip
+        return found.parts["activations"]
+
+    call, between = 4 * 64 * (3 * 48 + 6 * 32), 4 * 64 * 32 * 3
+    held, block = 6 * anatomy.block_parameters, 10 * anatomy.block_parameters
+    assert held + call > block  # more than what is new of the block
+    assert activations(10**9) == call + between  # small pieces may stay with the process
+    monkeypatch.setattr("secateur.estimate.NOT_GIVEN_BACK", 0)
+    assert activations(0) == held + call - block + between
+    assert activations(10**9) == between
 
 
 def test_what_making_text_takes(model_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,11 +262,17 @@ def test_where_there_is_nothing_to_fit(model_folder: Folder) -> None:
     )
     llama = Stream(open_checkpoint(model_folder("llama-gqa-tied"))).anatomy
     then = get_method("apt", {}, Form(sparsity=parse_sparsity("2:4")))
-    chain = Chain(method, then)  # type: ignore[arg-type]
     with pytest.raises(RecipeError) as error:
-        chain.check(llama)
+        Chain(method, then)  # type: ignore[arg-type]
     assert str(error.value) == (
         "rounds is 2, but --then needs the neurons that stay as they were: leave it out, or set it "
         "to 0"
     )
-    assert not chain.fits_neurons(llama, 10**6)
+    auto, none = (get_method("obs", o, Form("coupled")) for o in ({}, {"rounds": 0}))
+    assert isinstance(auto, Method)
+    assert isinstance(none, Method)
+    assert isinstance(then, Method)
+    chain = Chain(auto, then)  # type: ignore[arg-type]
+    assert auto.fits_neurons(llama, 10**6)
+    assert not chain.fits_neurons(llama, 10**6)  # and counts no operations of it
+    assert chain.solving(llama, 10**6) == none.solving(llama, 10**6) + then.solving(llama, 10**6)

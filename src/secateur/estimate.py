@@ -22,12 +22,6 @@ from secateur.streaming import TOKENS_PER_CALL, TOKENS_PER_HEAD_CALL
 
 #: Python, torch and transformers themselves, measured on Linux; mapped library pages left out.
 BASE = 320 * 2**20
-#: Matrices of the size of the widest q x q in float64 that exist at once besides the moments: mean
-#: and damped second moment, factor, inverse and half of it while ordering, one temporary.
-GRAM_COPIES = 6
-#: The same where tokens are few: G, which is factorised in place, and panels of it; or what a
-#: removal knows of an inverse.
-GRAM_COPIES_OF_FEW = 1.5
 #: Most of freed memory that stays with the process; larger pieces go back at once.
 NOT_GIVEN_BACK = 2**28
 #: Parts that only the process has that looks at all blocks.
@@ -109,6 +103,7 @@ def estimate(
     passes: float,
     heads: float = 0,
     solving: float = 0,
+    solver: int = 0,
     kept: int = 0,
     overhead: int = 0,
     whole: bool = False,
@@ -123,6 +118,7 @@ def estimate(
         passes: forward passes over all blocks, the layer stage and trials included.
         heads: passes through the head besides, for losses.
         solving: operations with which all blocks are cut (:meth:`Method.solving`).
+        solver: bytes that solving one layer takes (:meth:`Method.solver_bytes`).
         kept: bytes of activations that a block keeps for a second pass.
         overhead: bytes that the open checkpoint takes.
         whole: whether the model writes windows itself, and is in memory as a whole for that.
@@ -133,7 +129,6 @@ def estimate(
     tokens = windows * length
     batch = min(tokens, TOKENS_PER_CALL)
     widths = {d.reads: d.inputs for d in anatomy.denses.values() if d.reads in signals}
-    widest = max(widths.values(), default=0)
     ffn = max(max(d.rows, d.inputs) for d in anatomy.denses.values())
     scan = anatomy.tensors.get(anatomy.family.states or "")
     states = scan.rows * scan.each if scan is not None else 0
@@ -146,16 +141,15 @@ def estimate(
     # While layers are solved, instead of the block one weight, its inputs in an order, as read.
     beside = 10 * max(d.rows * d.inputs for d in anatomy.denses.values())
     beside = beside if waits and is_large(anatomy) else held
-    copies = GRAM_COPIES_OF_FEW if are_few(tokens, widest) else GRAM_COPIES
-    grams = round(8 * copies * widest * widest)
     moments = sum(4 * w * (tokens if are_few(tokens, w) else 2 * w) for w in widths.values())
-    matrices = max(held + moments, beside + moments + grams, block)
+    matrices = max(held + moments, beside + moments + solver, block)
+    call = 4 * batch * (3 * ffn + 4 * states + 6 * hidden)
     parts = {
         "program": BASE + overhead,
         "a block and its matrices": matrices,
-        # The two are never needed together, but not all freed memory is given back.
+        # Never needed together with those, but not all freed memory is given back.
         "embeddings and logits": max(outside - matrices, min(outside, NOT_GIVEN_BACK)),
-        "activations": 4 * batch * (3 * ffn + 4 * states + 6 * hidden)
+        "activations": max(held + moments + call - matrices, min(call, NOT_GIVEN_BACK))
         + 4 * tokens * hidden * 3
         + kept,
         "block boundaries": min(4 * tokens * hidden * (anatomy.layers + 1), IN_MEMORY),

@@ -210,6 +210,7 @@ class Run(Prepared):
             passes=work.passes + text.passes,
             heads=work.heads + text.heads,
             solving=work.cuts * anatomy.layers * self.method.solving(anatomy, tokens),
+            solver=self.method.solver_bytes(anatomy, tokens),
             kept=kept_bytes(self.method, anatomy, tokens) + self.method.held(anatomy, tokens),
             whole=bool(self.method.written(anatomy, spec.samples, spec.length)),
             waits=not self.method.stages(anatomy),

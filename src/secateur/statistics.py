@@ -69,6 +69,11 @@ def _by_panels(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+#: Matrices (q, q) in float64 that are there at once where all of them are made, besides second
+#: moments: mean and damped second moment, factor, inverse and half of it on the way, one temporary.
+SOLVER_MATRICES = 6
+
+
 def moments_work(width: int, tokens: int) -> float:
     """Operations for a second moment, its factor and its inverse, as :meth:`Method.solving` counts.
 

@@ -16,7 +16,7 @@ from secateur.forms import Form
 from secateur.neurons import Neurons
 from secateur.plans import BlockCut
 from secateur.solvers.budget import in_units
-from secateur.statistics import Channels, Moments, moments_work
+from secateur.statistics import SOLVER_MATRICES, Channels, Moments, moments_work
 
 Quotas = dict[int, int]
 
@@ -137,6 +137,14 @@ class Method(AnyMethod):
         """The statistics that a survey looks at, where it looks at any."""
         return self.needs
 
+    def followed(self) -> Method:
+        """The method as it works in front of another, which reads the same statistics.
+
+        Raises:
+            RecipeError: it is asked for something that makes them wrong.
+        """
+        return self
+
     def layer_counts(self, worth: float) -> Sequence[int]:
         """Numbers of whole blocks to try removing; one means: no choice.
 
@@ -208,6 +216,21 @@ class Method(AnyMethod):
         signals = self.signals(anatomy)
         widths = {d.reads: d.inputs for d in anatomy.denses.values() if d.reads in signals}
         return sum(moments_work(width, tokens) for width in widths.values())
+
+    def solver_bytes(self, anatomy: Anatomy, tokens: int) -> int:
+        """Bytes that solving one layer takes at most, beside its weight and statistics.
+
+        For the estimate. Layers are solved one after the other, so that it is those of one.
+        """
+        if self.needs != "moments":
+            return 0
+        signals = self.signals(anatomy)
+        read = [dense for dense in anatomy.denses.values() if dense.reads in signals]
+        return max((self.layer_bytes(d.rows, d.inputs, tokens) for d in read), default=0)
+
+    def layer_bytes(self, rows: int, inputs: int, tokens: int) -> int:
+        """:meth:`solver_bytes` of a layer (p, q): by default of what makes q x q matrices."""
+        return SOLVER_MATRICES * 8 * inputs**2
 
     def held(self, anatomy: Anatomy, tokens: int) -> int:
         """Bytes of activations that the cut of a block holds beside statistics, for the estimate.

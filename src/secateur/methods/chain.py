@@ -28,9 +28,13 @@ class Chain(Method):
     Args:
         first: removes blocks and units.
         second: makes zeros.
+
+    Raises:
+        RecipeError: the first is asked for what another cannot follow.
     """
 
     def __init__(self, first: Method, second: SparseMethod) -> None:
+        first = first.followed()
         super().__init__(first.options, first.form)
         self._first = first
         self._second = second
@@ -48,11 +52,6 @@ class Chain(Method):
             raise RecipeError(
                 "--then makes zeros in whole units that stay, but --structure inputs removes "
                 "columns of single layers: use --structure coupled"
-            )
-        if getattr(self._first.options, "rounds", 0) not in (0, "auto"):
-            raise RecipeError(
-                f"rounds is {self._first.options.rounds}, but --then needs the neurons that stay "
-                "as they were: leave it out, or set it to 0"
             )
         pattern = self._second.pattern
         if pattern.grouped and self.form.multiple % pattern.group:
@@ -86,10 +85,6 @@ class Chain(Method):
 
     def copies(self, anatomy: Anatomy, windows: int, length: int) -> int:
         return self._first.copies(anatomy, windows, length)
-
-    def fits_neurons(self, anatomy: Anatomy, tokens: int) -> bool:
-        """Never: the second method reads statistics of the neurons as they were."""
-        return False
 
     def chains_copies(self, anatomy: Anatomy) -> bool:
         return self._first.chains_copies(anatomy)
@@ -140,6 +135,10 @@ class Chain(Method):
 
     def solving(self, anatomy: Anatomy, tokens: int) -> float:
         return self._first.solving(anatomy, tokens) + self._second.solving(anatomy, tokens)
+
+    def solver_bytes(self, anatomy: Anatomy, tokens: int) -> int:
+        both = (self._first, self._second)
+        return max(method.solver_bytes(anatomy, tokens) for method in both)
 
     def relative(self, anatomy: Anatomy) -> set[str]:
         """As the first says: both read the same statistics."""

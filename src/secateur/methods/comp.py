@@ -18,6 +18,7 @@ from secateur.methods.structured import Structured, StructuredOptions, short
 from secateur.plans import BlockCut
 from secateur.solvers.gram import GramForm, Order, importance
 from secateur.solvers.mask_tuning import MaskCurve, guarded
+from secateur.statistics import are_few
 
 #: Which linear layers lose inputs, by the signal that they read.
 DENSES = {
@@ -66,6 +67,12 @@ class Comp(Structured):
             rows, width = anatomy.denses[name].rows, anatomy.denses[name].inputs
             found += (rows + tokens) * width**2 + 2 * width**3 / 3
         return found
+
+    def layer_bytes(self, rows: int, inputs: int, tokens: int) -> int:
+        """Of few tokens: G, which is factorised in place, and panels of it."""
+        if are_few(tokens, inputs) and self.options.order == "energy":
+            return 12 * inputs**2
+        return super().layer_bytes(rows, inputs, tokens)
 
     def _removed(self, anatomy: Anatomy, inputs: dict[str, torch.Tensor]) -> int:
         if self.options.count == "columns":  # the paper's own accounting: p per column

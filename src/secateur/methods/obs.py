@@ -19,7 +19,7 @@ from secateur.methods.registry import register
 from secateur.methods.structured import Structured, StructuredOptions, short
 from secateur.neurons import Neurons, parts_of
 from secateur.plans import BlockCut
-from secateur.solvers import gauss_newton
+from secateur.solvers import brain_surgeon, gauss_newton, refit
 from secateur.solvers.brain_surgeon import GreedyOrder
 from secateur.solvers.gauss_newton import NeuronFit
 from secateur.solvers.inverses import inverse_from
@@ -157,6 +157,14 @@ class Obs(Structured):
     def fits_neurons(self, anatomy: Anatomy, tokens: int) -> bool:
         return self.rounds(anatomy, tokens) > 0
 
+    def followed(self) -> Obs:
+        if self.options.rounds not in (0, "auto"):
+            raise RecipeError(
+                f"rounds is {self.options.rounds}, but --then needs the neurons that stay as they "
+                "were: leave it out, or set it to 0"
+            )
+        return Obs(self.options.model_copy(update={"rounds": 0}), self.form)
+
     def cut(self, block: Block, quota: int) -> BlockCut:
         cut = super().cut(block, quota)
         if block.neurons is not None:
@@ -201,6 +209,13 @@ class Obs(Structured):
         if rounds := self.rounds(anatomy, tokens):
             found += gauss_newton.work(*self._ffn(anatomy), tokens, rounds)
         return found
+
+    def layer_bytes(self, rows: int, inputs: int, tokens: int) -> int:
+        """Of few tokens no matrix of all inputs is made."""
+        if not are_few(tokens, inputs):
+            return super().layer_bytes(rows, inputs, tokens)
+        order = brain_surgeon.bytes_of_few(rows, inputs, tokens)
+        return max(order, self.options.refit * refit.bytes_of_few(rows, inputs, tokens))
 
     def held(self, anatomy: Anatomy, tokens: int) -> int:
         if not self.rounds(anatomy, tokens):

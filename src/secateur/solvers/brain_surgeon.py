@@ -26,6 +26,17 @@ from secateur.solvers.ladder import inverse as inverse_matrix
 LARGE = 2**24
 
 
+def bytes_of_few(rows: int, inputs: int, tokens: int) -> int:
+    """What :class:`GreedyOrder` holds of a layer (p, q) at most, with the inverse of few tokens.
+
+    That is A in float64, and first the tokens and their products with each other, later W and F of
+    half of the inputs. More of them seldom go; then it is more.
+    """
+    weight = (4 if rows * inputs >= LARGE else 8) * rows * inputs
+    making = 4 * tokens * inputs + 8 * tokens**2
+    return 8 * tokens * inputs + max(making, weight + 8 * inputs * (inputs // 2))
+
+
 class GreedyOrder:
     """The order in which pieces of inputs go, and the least error after each step.
 

@@ -106,6 +106,16 @@ def _put_out_by_others(
     return product(weight[:, went], rows[:, went].T)
 
 
+def bytes_of_few(rows: int, inputs: int, tokens: int) -> int:
+    """What :class:`OfFew` holds of a layer (p, q) at most while it makes V.
+
+    W_S, X_S, R, what it is solved to and the products of tokens; besides, first the factor of those
+    and the system's right side once more, later V in float32 and float64 and what it is made of.
+    """
+    kept = 4 * rows * inputs + 4 * tokens * inputs + 16 * rows * tokens + 8 * tokens**2
+    return kept + max(8 * tokens**2 + 8 * rows * tokens, 12 * rows * inputs + 4 * rows * tokens)
+
+
 class OfFew:
     """The fit from fewer tokens than inputs.
 
