@@ -187,14 +187,10 @@ class Inside:
         return self.checked(cut), out
 
     def checked(self, cut: BlockCut) -> BlockCut:
-        """The cut with its tensors on the CPU.
+        """The cut, which is one that a block can have.
 
         Raises:
-            PlanError: it says what no block can be; nothing has been written by it.
+            PlanError: it is not; nothing has been written by it.
         """
-        for named in (cut.inputs, cut.scales, cut.rows, cut.biases):
-            named.update({name: tensor.cpu() for name, tensor in named.items()})
-        cut.weights = {name: tensor.cpu() for name, tensor in cut.weights.items()}
-        cut.groups = cut.groups.cpu() if cut.groups is not None else None
         check_cut(self.stream.anatomy, cut)
         return cut

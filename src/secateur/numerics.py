@@ -36,7 +36,7 @@ def noting_steps(
 
 
 def cut_by(method: Method, block: Block, quota: int, dtype: torch.dtype) -> BlockCut:
-    """The method's cut of a block, every number in it finite in the type that is written.
+    """The method's cut of a block, on the CPU, every number in it finite in the type written.
 
     Args:
         quota: parameters that the block shall lose.
@@ -46,7 +46,7 @@ def cut_by(method: Method, block: Block, quota: int, dtype: torch.dtype) -> Bloc
         SourceError: the block's statistics are not finite.
     """
     with finite_statistics(block.source):
-        cut = method.cut(block, quota)
+        cut = method.cut(block, quota).on_cpu()
     most = torch.finfo(dtype).max
     for name, new in list(cut.weights.items()):
         if not _fits(new, most):
@@ -81,11 +81,11 @@ def _scaled_fits(block: Block, name: str, scale: torch.Tensor, most: float) -> b
 
 def _original(block: Block, cut: BlockCut, name: str, new: torch.Tensor) -> torch.Tensor:
     """The block's own weights where something stays, zero where the method has put a zero."""
-    weight = block.weights[name].to(new.dtype)
+    weight = block.weights[name].to(new)  # type and device
     if name in cut.rows:
-        weight = weight[cut.rows[name].to(weight.device)]
+        weight = weight[cut.rows[name]]
     if name in cut.inputs:
-        weight = weight[:, cut.inputs[name].to(weight.device)]
+        weight = weight[:, cut.inputs[name]]
     return weight.masked_fill(new == 0, 0)
 
 

@@ -7,7 +7,7 @@ that config, tensors and numbers cannot disagree.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -79,6 +79,22 @@ class BlockCut:
             {**self.biases, **other.biases},
             other.groups if other.groups is not None else self.groups,
             notes,
+        )
+
+    def on_cpu(self) -> BlockCut:
+        """The same with its tensors on the CPU, where everything behind a method has them."""
+
+        def moved(named: Mapping[str, torch.Tensor]) -> Tensors:
+            return {name: tensor.cpu() for name, tensor in named.items()}
+
+        return replace(
+            self,
+            inputs=moved(self.inputs),
+            scales=moved(self.scales),
+            rows=moved(self.rows),
+            weights=moved(self.weights),
+            biases=moved(self.biases),
+            groups=None if self.groups is None else self.groups.cpu(),
         )
 
     @property

@@ -227,9 +227,10 @@ class Scored(Units):
                 gone = lowest_units(scores[name], lost // width)
             else:
                 gone = torch.tensor(block.units[name], device=block.weights[name].device)
-            left = torch.ones(anatomy.denses[name].inputs // width, dtype=torch.bool)
+            count = anatomy.denses[name].inputs // width
+            left = torch.ones(count, dtype=torch.bool, device=gone.device)
             left[gone] = False
-            units = left.nonzero()[:, 0].to(gone.device)
+            units = left.nonzero()[:, 0]
             places = torch.arange(width, device=units.device)
             inputs[name] = (units[:, None] * width + places).flatten()
         cut = self._block_cut(block.source, anatomy, inputs)
