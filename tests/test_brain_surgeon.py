@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -35,7 +38,7 @@ def problem(
 
 
 def greedy(
-    weight: torch.Tensor, second: torch.Tensor, damping: float = 0.01, **settings: int
+    weight: torch.Tensor, second: torch.Tensor, damping: float = 0.01, **settings: Any
 ) -> GreedyOrder:
     return GreedyOrder(weight, WholeInverse(second, damping), **settings)
 
@@ -49,6 +52,35 @@ def least_error(weight: torch.Tensor, second: torch.Tensor, kept: list[int]) -> 
     full[:, kept] = best
     difference = full - w
     return float(torch.trace(difference @ second @ difference.T) / torch.trace(w @ second @ w.T))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 9))
+def test_scores_take_part_in_the_order(seed: int, tenths: int) -> None:
+    """By removals one at a time, each ranked by L^(1 - a) f^a with L from a dense refit."""
+    weight, second = problem(seed)
+    part = tenths / 10
+    scores = torch.rand(8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    scores[seed % 8] = 0  # which goes first, whatever it costs
+    order = greedy(weight, second, 1e-9, scores=scores, part=part)
+    left, gone = list(range(8)), []
+    for _ in range(7):
+        before = least_error(weight, second, left) if gone else 0.0
+
+        def rank(j: int, left: list[int] = left, before: float = before) -> float:
+            loss = least_error(weight, second, [i for i in left if i != j]) - before
+            floor = torch.finfo(torch.float64).tiny
+            return float((1 - part) * math.log(loss) + part * math.log(max(scores[j], floor)))
+
+        gone.append(min(left, key=rank))
+        left = [i for i in left if i != gone[-1]]
+        assert order.kept(len(gone)).tolist() == left
+    assert gone[0] == seed % 8
+    alone = greedy(weight, second, 1e-9, scores=scores, part=1.0)
+    alone.kept(7)
+    assert alone.order[:7].tolist() == scores.argsort()[:7].tolist()
+    none = greedy(weight, second, 1e-9, scores=scores, part=0.0)
+    assert none.kept(4).tolist() == greedy(weight, second, 1e-9).kept(4).tolist()
 
 
 @settings(max_examples=30, deadline=None)

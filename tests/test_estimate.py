@@ -50,6 +50,8 @@ def method(name: str, sparsity: str | None = None, **options: Any) -> Method:
         ("obs", None, {"layers": 0}, Work(3, 0, 1)),
         # Of the second pass the down projection alone.
         ("obs", None, {"layers": 0, "groups": "keep"}, Work(2 + DOWN, 0, 1)),
+        ("obs", None, {"layers": 0, "gradients": 0.5}, Work(7, 3, 1)),
+        ("obs", None, {"gradients": 0.5}, Work(21, 11, 3)),  # a pass back for each trial
         ("flap", None, {}, Work(2, 0, 1)),  # looks ahead
         ("random", None, {}, Work(0, 0, 1)),
         ("llm-pruner", None, {}, Work(4, 3, 1)),

@@ -125,6 +125,24 @@ def reference(
     return found
 
 
+@pytest.mark.parametrize(("name", "paths", "group", "groups"), SHAPES)
+def test_obs_by_gradients_alone_removes_what_the_loss_needs_least(
+    name: str, paths: tuple[str, str], group: int, groups: int, model_folder: Folder
+) -> None:
+    """f of a unit is the sum over its weights of W^2 F: the second order of LLM-Pruner."""
+    options = {"layers": 0, "gradients": 1.0, "copies": 0, "written": 0}
+    result = make_plan(model_folder(name), recipe("40%", method="obs", options=options))
+    scores = reference(model_folder(name), paths, groups, "param_second", "sum")
+    found = 0
+    for cut, pair in zip(result.plan.blocks, scores, strict=True):
+        for path, width, own in zip(paths, (group, 1), pair, strict=True):
+            gone = sorted(set(range(len(own))) - set(left(cut, path, width, len(own))))
+            found += len(gone)
+            if gone:
+                assert own[gone].max() < np.delete(own, gone).min()
+    assert found > 40
+
+
 def left(cut: BlockCut, path: str, width: int, units: int) -> list[int]:
     return kept_units(cut, path, width) if path in cut.inputs else list(range(units))
 
@@ -223,5 +241,18 @@ def test_refusals(model_folder: Folder) -> None:
         "error: method llm-pruner ranks all blocks together (shares global), which gives each its "
         "own widths: use --layout per-layer, or --set shares=local"
     )
+    for model in ("mamba", "mamba2"):
+        wishes = ("plan", model_folder(model), "--remove", "10%", "--samples", "2")
+        others = f"adds up gradients over the layers of attention and FFN, and blocks of {model}"
+        for options, line in (
+            (("--method", "saap"), f"error: method saap {others} have others: use --method obs"),
+            (
+                ("--set", "gradients=0.5"),
+                f"error: --set gradients {others} have others: leave it out",
+            ),
+        ):
+            ended = secateur(*wishes, *options)
+            assert ended.code == 2
+            assert ended.err[-1] == line
     with pytest.raises(RecipeError, match="param_third"):
         get_method("llm-pruner", {"score": "param_third"})

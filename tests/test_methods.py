@@ -35,6 +35,7 @@ EXEMPT_NONE = {"exempt_first": 0, "exempt_last": 0}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "comp": ("comp", STRUCTURED),
     "obs": ("obs", STRUCTURED),
+    "obs by gradients": ("obs", {**STRUCTURED, "gradients": 0.5}),
     "shortgpt": ("shortgpt", {}),
     "shortgpt iterative": ("shortgpt", {"order": "iterative", "distance": "angular"}),
     "sleb": ("sleb", {}),
@@ -54,7 +55,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "flap alone": ("flap", {"bias": False, "metric": "IFV", "square_heads": False}),
 }
 #: Those that go different ways through the journal.
-TO_KILL = ["sleb", "wanda-sp", "flap", "fpt", "llm-pruner"]
+TO_KILL = ["obs by gradients", "sleb", "wanda-sp", "flap", "fpt", "llm-pruner"]
 
 
 def recipe(case: str, **fields: Any) -> Recipe:

@@ -36,6 +36,7 @@ REMOVALS = {
     "comp by the letter": removal("comp", order="condition-literal"),
     "obs": removal("obs", **NO_DRAWS),
     "obs in rounds": removal("obs", **NO_DRAWS, rounds=1, groups="keep"),
+    "obs by gradients": removal("obs", **NO_DRAWS, gradients=0.5),
     "flap": removal("flap"),
     "wanda-sp": removal("wanda-sp"),
     "magnitude-sp": removal("magnitude-sp"),

@@ -57,6 +57,17 @@ CASES: dict[str, dict[str, Any]] = {
         "method": "obs",
         "options": {**COMP["options"], "inputs": "identical", "copies": 1, "written": 0},
     },
+    "obs by gradients": {  # scores of units from a survey
+        **COMP,
+        "method": "obs",
+        "options": {
+            **COMP["options"],
+            "inputs": "identical",
+            "copies": 0,
+            "written": 0,
+            "gradients": 0.5,
+        },
+    },
     "flap": {**COMP, "method": "flap", "options": {}},  # a survey; channels; biases
     "llm-pruner": {
         **COMP,

@@ -93,13 +93,14 @@ class BlockWorker:
         parameters: int,
         lose: dict[str, int],
         units: dict[str, list[int]],
+        scores: dict[str, list[float]],
     ) -> None:
         """Take the statistics of a block, and find out what does not depend on its quota.
 
         Args:
             inputs: file with what goes into it; None where nothing of that is needed.
             late: windows at the end whose statistics are kept apart.
-            parameters, lose, units: its share, before what blocks ahead have missed.
+            parameters, lose, units, scores: its share, before what blocks ahead have missed.
         """
         from secateur.masking import state_of
         from secateur.methods import Share
@@ -108,7 +109,7 @@ class BlockWorker:
 
         engine, method = self._run.engine, self._run.method
         hidden = None if inputs is None else self._inputs(Path(inputs))
-        stream, share = self._run.stream, Share(parameters, lose, units)
+        stream, share = self._run.stream, Share(parameters, lose, units, scores)
         with listening() as self._steps:
             with stream.block(layer) as module:
                 block, _ = engine.inside.look(layer, module, hidden, share, late, passes=False)

@@ -83,13 +83,16 @@ def work_of(method: Method, anatomy: Anatomy, counts: Sequence[int], tokens: int
         return Work(runs / anatomy.layers, heads, 0)
     reads = bool(method.signals(anatomy))
     cut = first_passes(method, anatomy) + second_pass(method, anatomy, tokens)
-    if method.ranking is None and method.survey_by == "gradients":
-        return Work(cut + 4, 3, 1)  # forward twice; backward is worth two more
+    by_gradients = method.looks_ahead and method.survey_by == "gradients"
+    # Forward twice; backward is worth two more.
+    back, heads = (4, 3) if by_gradients else (0, 0)
+    if method.ranking is None and by_gradients:
+        return Work(cut + back, heads, 1)
     if method.ranking is None:
         solved = method.looks_ahead and method.survey_needs == "moments"
         return Work(cut + reads * method.looks_ahead, 0, 1 + solved)
     trials = min(3, len(counts)) if len(counts) > 1 else 0
-    return Work((1 + cut) * (1 + trials), trials, 1 + trials)
+    return Work((1 + cut + back) * (1 + trials), trials + heads * (1 + trials), 1 + trials)
 
 
 def estimate(

@@ -92,6 +92,7 @@ class Inside:
             channels=channels,
             lose={} if share is None else share.inputs,
             units={} if share is None else share.units,
+            scores={} if share is None else share.scores,
             neurons=neurons[0] if neurons else None,
         )
         return block, out

@@ -276,7 +276,9 @@ def _shares(run: Run, journal: Journal, choice: LayerChoice) -> Shares:
     if found is None:
         shares = run.engine.shares(choice, run.windows.tokens)
         if run.method.looks_ahead:
-            journal.add("shares", [[i, s.parameters, s.inputs, s.units] for i, s in shares.items()])
+            journal.add(
+                "shares", [[layer, *vars(share).values()] for layer, share in shares.items()]
+            )
         return shares
     return {layer: Share(*share) for layer, *share in found}
 

@@ -213,6 +213,7 @@ class Blocks:
             parameters=share.parameters,
             lose=dict(share.inputs),
             units={name: list(units) for name, units in share.units.items()},
+            scores={name: list(scores) for name, scores in share.scores.items()},
         )
         removed = worker.ask("cut", parameters=self._quotas.of(layer))
         self._quotas.lost(layer, removed)

@@ -32,11 +32,14 @@ class Share:
             sparse method, numbers of weights.
         units: the units themselves that go, KV groups or neurons by linear layer, where the method
             knows them from its survey.
+        scores: what the survey says of each unit by linear layer, where the cut of the block
+            decides by that and by what it sees itself.
     """
 
     parameters: int
     inputs: dict[str, int] = field(default_factory=dict)
     units: dict[str, list[int]] = field(default_factory=dict)
+    scores: dict[str, list[float]] = field(default_factory=dict)
 
 
 Shares = dict[int, Share]
@@ -59,6 +62,7 @@ class Block:
         biases: bias of each linear layer that has one, (p,), float32.
         lose: inputs to lose by linear layer, where :class:`Share` says.
         units: units to lose by linear layer, where :class:`Share` names them.
+        scores: of units by linear layer, where :class:`Share` has them.
         gradients: of the loss by the weight of each linear layer, (p, q), call after call, in a
             survey by gradients (:attr:`Method.survey_by`). Each can be looked at once.
         prepared: what :meth:`Method.prepare` said of the block, where it was asked first.
@@ -77,6 +81,7 @@ class Block:
     biases: dict[str, torch.Tensor] = field(default_factory=dict)
     lose: Mapping[str, int] = field(default_factory=dict)
     units: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    scores: Mapping[str, Sequence[float]] = field(default_factory=dict)
     gradients: Iterator[dict[str, torch.Tensor]] = field(default_factory=lambda: iter(()))
     prepared: Any = None
     influence: float = 1.0

@@ -16,7 +16,7 @@ from pydantic import Field
 from secateur.anatomy import Anatomy
 from secateur.methods.base import Share, Shares
 from secateur.methods.scored import Scored, ScoredOptions, Scores, lowest_units
-from secateur.methods.units import Exempt, not_exempt
+from secateur.methods.units import Exempt, check_members, not_exempt
 
 #: First and last blocks that LLM-Pruner spares of 32.
 EXEMPT = (4, 2)
@@ -38,6 +38,10 @@ class ByGradient(Scored):
 
     options: GradientOptions
     survey_by: ClassVar[Literal["statistics", "gradients"]] = "gradients"
+
+    def check(self, anatomy: Anatomy) -> None:
+        super().check(anatomy)
+        check_members(anatomy, f"method {self.name}", "use --method obs")
 
     @property
     def looks_ahead(self) -> bool:

@@ -7,6 +7,8 @@ of the fit ask for. ``docs/obs.md`` has the equations, the choices and what each
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -14,9 +16,13 @@ from pydantic import Field
 
 from secateur.anatomy import Anatomy
 from secateur.errors import RecipeError
-from secateur.methods.base import Block
+from secateur.finite import all_finite
+from secateur.forms import Form
+from secateur.methods.base import Block, Shares
 from secateur.methods.registry import register
+from secateur.methods.scored import Scores
 from secateur.methods.structured import Structured, StructuredOptions, short
+from secateur.methods.units import check_members, members
 from secateur.neurons import Neurons, parts_of
 from secateur.plans import BlockCut
 from secateur.solvers import brain_surgeon, gauss_newton, refit
@@ -25,6 +31,7 @@ from secateur.solvers.gauss_newton import NeuronFit
 from secateur.solvers.inverses import inverse_from
 from secateur.solvers.ladder import solving_for
 from secateur.solvers.refit import PULLS, chosen_pull, fitted_weights, relative_error
+from secateur.solvers.taylor import over_units
 from secateur.statistics import are_few
 
 #: Tokens that the model writes itself where nothing is said; more were no better (docs/obs.md).
@@ -78,6 +85,13 @@ class ObsOptions(StructuredOptions):
         description="what a token weighs in choice and fit: by the size of the hidden state that "
         "the layer's output is added to, or all the same",
     )
+    gradients: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="part of gradients of the loss in the order of units, which takes one pass "
+        "back through the uncut model; 0: none, 0.5 is best",
+    )
     rounds: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
         description="rounds in which the layers that make the neurons are fitted too; auto: 2 from "
@@ -100,6 +114,11 @@ class Obs(Structured):
     #: Share of the tokens that each copy of the calibration windows draws anew.
     resampled = 0.2
 
+    def __init__(self, options: ObsOptions, form: Form) -> None:
+        super().__init__(options, form)
+        if options.gradients:
+            self.survey_by = "gradients"  # type: ignore[misc]
+
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
         if self.form.structure == "inputs":
@@ -112,6 +131,9 @@ class Obs(Structured):
                 f"rounds is {self.options.rounds}, but blocks of {anatomy.model_type} do not end "
                 "with an FFN of their own: leave it out, or set it to 0"
             )
+
+        if self.options.gradients:
+            check_members(anatomy, "--set gradients", "leave it out")
 
     def copies(self, anatomy: Anatomy, windows: int, length: int) -> int:
         if not self.options.refit:
@@ -230,6 +252,56 @@ class Obs(Structured):
         made = sum(anatomy.denses[name].rows for name in parts.producers)
         return consumer.rows, made // consumer.inputs, consumer.inputs
 
+    # ---- what the loss says of units -----------------------------------------------------------
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self.survey_by == "gradients"
+
+    @property
+    def gradients_held(self) -> int:
+        """Those of a window, and what is made of those of one layer."""
+        return 2 if self.looks_ahead else 0
+
+    def survey(self, block: Block) -> Scores:
+        """f of each unit: the mean over windows of the sum over its weights of (W g)^2, (units,).
+
+        That is what the loss changes by as Fisher's information has it, all weights alone.
+        """
+        found: dict[str, torch.Tensor] = {}
+        windows = 0
+        for gradient in block.gradients:
+            windows += 1
+            for name in self._denses(block.anatomy):
+                parts = [
+                    over_units(
+                        (block.weights[m.path] * gradient[m.path]).square(),
+                        m.axis, m.width, vector=False,
+                    )
+                    for m in members(block.anatomy, name)
+                ]  # fmt: skip
+                own = torch.stack(parts).sum(0)
+                found[name] = found[name] + own if name in found else own
+        if not all(all_finite(total) for total in found.values()):
+            raise ArithmeticError("gradients of its weights are not finite")
+        return {name: total / windows for name, total in found.items()}
+
+    def allocate(
+        self,
+        anatomy: Anatomy,
+        layers: Sequence[int],
+        importances: dict[int, float],
+        surveys: Mapping[int, Scores],
+        total: int,
+    ) -> Shares:
+        """As without gradients; what they say goes to the cut of each block."""
+        shares = super().allocate(anatomy, layers, importances, surveys, total)
+        for layer, survey in surveys.items():
+            # Six digits: as they come back from the journal.
+            scores = {name: [short(f) for f in own.tolist()] for name, own in survey.items()}
+            shares[layer] = replace(shares[layer], scores=scores)
+        return shares
+
     def relative(self, anatomy: Anatomy) -> set[str]:
         if self.options.tokens == "alike":
             return set()
@@ -280,11 +352,14 @@ class RefitRemoval:
 
     def __init__(self, block: Block, name: str, unit: int, options: ObsOptions) -> None:
         self._fit = Fit(block, name, options)
+        scores = block.scores.get(name)
         self._order = GreedyOrder(
             block.weights[name],
             inverse_from(block.moments[block.anatomy.denses[name].reads], options.choice_damping),
             unit=unit,
             steps=options.steps,
+            scores=None if scores is None else torch.tensor(scores, dtype=torch.float64),
+            part=options.gradients,
         )
 
     def kept(self, removed: int) -> torch.Tensor:

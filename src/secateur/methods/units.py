@@ -178,6 +178,24 @@ class Member:
     width: int
 
 
+def check_members(anatomy: Anatomy, what: str, instead: str) -> None:
+    """Refuse a model whose units are not what :func:`members` knows.
+
+    Args:
+        what: asks for them.
+        instead: what to do.
+
+    Raises:
+        RecipeError: its blocks have no attention.
+    """
+    heads = anatomy.find("values")
+    if heads is None or not heads.queries:
+        raise RecipeError(
+            f"{what} adds up gradients over the layers of attention and FFN, and blocks of "
+            f"{anatomy.model_type} have others: {instead}"
+        )
+
+
 def members(anatomy: Anatomy, consumer: str) -> list[Member]:
     """All that goes when a unit at the entry of ``consumer`` goes, in the order of the data.
 

@@ -52,13 +52,24 @@ class GreedyOrder:
         inverse: Hi, of the damped H.
         unit: inputs of a piece, which stand together and go together.
         steps: about how many steps all pieces would take; several go in one where there are more.
+        scores: f of each piece, (q / unit,), what else speaks for it; None: nothing does.
+        part: a of f in what ranks pieces, L^(1 - a) f^a, L being what a removal costs by then.
     """
 
     def __init__(
-        self, weight: torch.Tensor, inverse: Inverse, *, unit: int = 1, steps: int = 256
+        self,
+        weight: torch.Tensor,
+        inverse: Inverse,
+        *,
+        unit: int = 1,
+        steps: int = 256,
+        scores: torch.Tensor | None = None,
+        part: float = 0.0,
     ) -> None:
         device = weight.device
         self._unit, self._inverse = unit, inverse
+        self._part = part if scores is not None else 0.0
+        self._scores = None if scores is None else _log(scores.to(device)) * part
         self._whole = inverse.energy(weight)
         self._blocks = inverse.blocks(unit)
         # Transposed: what is asked of it, step after step, is the norm of each input's weights. It
@@ -107,6 +118,8 @@ class GreedyOrder:
 
     def _step(self) -> None:
         losses = self._losses()
+        if self._scores is not None:
+            losses = _log(losses).mul_(1 - self._part).add_(self._scores)
         losses[~self._alive] = torch.inf
         left = int(self._alive.sum())
         chosen = losses.argsort(stable=True)[: min(self._together, left - 1)]
@@ -145,3 +158,8 @@ class GreedyOrder:
             return norms.square() / self._blocks[:, 0, 0]
         own = self._left.reshape(len(self._blocks), self._unit, -1).double()
         return (solve(self._blocks, own) * own).sum((1, 2))
+
+
+def _log(values: torch.Tensor) -> torch.Tensor:
+    """Logarithms, of numbers that may be zero."""
+    return values.clamp(min=torch.finfo(values.dtype).tiny).log()
