@@ -2,24 +2,29 @@
 
     python bench/big_models.py write FOLDER --shape llama-2-7b [--blocks 32]
     python bench/big_models.py prune FOLDER --out DIR [--method comp] [--set copies=0 ...]
+        [--device cuda]
 
 ``write`` makes a checkpoint of seeded random weights in float16: matrices whose inputs have a
 spectrum that falls, and a few rows of an early block's FFN output that make massive activations,
 since flat noise has neither. ``prune`` removes 20% of the parameters of the blocks in a process of
-its own and prints seconds by stage beside their floor (bytes over the measured bandwidth of
-reading, operations over the measured rate of matrix products) and the peak of resident memory
-less mapped file pages.
+its own and prints the peak of resident memory less mapped file pages (of a GPU, what torch has
+allocated at most), seconds by stage, and seconds by kind of work (``bench/stages.py``) beside their
+floor: bytes over the measured bandwidth of reading and writing, operations over the measured rate
+of matrix products.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from stages import floor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -40,15 +45,25 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 PRUNE = """
 import json, sys, time
+sys.path.insert(0, sys.argv[4])
+import torch
 from secateur.pruning import prune
 from secateur.recipe import make_recipe
+from stages import Stages
 
 settings = json.loads(sys.argv[3])
+kinds = Stages()
+kinds.watch()
 began = time.time()
-result = prune(sys.argv[1], sys.argv[2], make_recipe(**settings["recipe"]), verify=False)
-print(json.dumps({"peak": result.peak_memory, "estimate": result.estimate.memory,
+result = prune(sys.argv[1], sys.argv[2], make_recipe(**settings["recipe"]), verify=False,
+    device=settings["device"])
+found = {"peak": result.peak_memory, "estimate": result.estimate.memory,
     "estimated_seconds": result.estimate.seconds, "stages": result.seconds,
-    "seconds": time.time() - began, "removed": result.plan.gone}))
+    "kinds": kinds.seconds, "counts": kinds.counts,
+    "seconds": time.time() - began, "removed": result.plan.gone}
+if settings["device"].startswith("cuda"):
+    found["gpu"] = [torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()]
+print(json.dumps(found))
 """
 
 
@@ -98,8 +113,8 @@ def _weights(name: str, shape: Any, generator: Any) -> Any:
     return values
 
 
-def floors(folder: Path) -> tuple[float, float, float]:
-    """Bytes a second read from ``folder``; float32 and float64 operations a second."""
+def measured_rates(folder: Path, out: Path, device: str) -> dict[str, float]:
+    """Bytes a second read from one folder and written to another; operations a second."""
     import torch
 
     shard = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
@@ -109,15 +124,25 @@ def floors(folder: Path) -> tuple[float, float, float]:
         while part := file.read(2**24):
             size += len(part)
     reading = size / (time.perf_counter() - began)
-    rates = []
-    for dtype in (torch.float32, torch.float64):
-        a = torch.randn(1536, 1536, dtype=dtype)
-        a @ a
+    rates = {"bytes read": reading}
+    scratch = out / "scratch"
+    began = time.perf_counter()
+    with scratch.open("wb") as file:
+        for _ in range(32):
+            file.write(bytes(2**24))
+        file.flush()
+        os.fsync(file.fileno())
+    rates["bytes written"] = 2**29 / (time.perf_counter() - began)
+    scratch.unlink()
+    for name, dtype in (("float32", torch.float32), ("float64", torch.float64)):
+        a = torch.randn(1536, 1536, dtype=dtype, device=device)
+        float((a @ a)[0, 0])
         began = time.perf_counter()
         for _ in range(5):
-            a @ a
-        rates.append(5 * 2 * 1536**3 / (time.perf_counter() - began))
-    return reading, rates[0], rates[1]
+            b = a @ a
+        float(b[0, 0])  # a GPU has done it when it says so
+        rates[name] = 5 * 2 * 1536**3 / (time.perf_counter() - began)
+    return rates
 
 
 def main() -> None:
@@ -129,6 +154,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--method", default="comp")
     parser.add_argument("--remove", default="20%")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--set", nargs="*", default=[], dest="options")
     args = parser.parse_args()
     if args.verb == "write":
@@ -144,18 +170,27 @@ def main() -> None:
     }  # fmt: skip
     run = subprocess.run(
         [sys.executable, "-c", PRUNE, str(args.folder), str(args.out),
-         json.dumps({"recipe": recipe})],
+         json.dumps({"recipe": recipe, "device": args.device}), str(Path(__file__).parent)],
         stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
     found = json.loads(run.stdout.splitlines()[-1])
-    reading, single, double = floors(args.folder)
+    rates = measured_rates(args.folder, args.out, args.device)
     print(f"removed {found['removed']:,} parameters in {found['seconds']:.0f} s")
     print(f"peak {found['peak'] / 2**20:.0f} MiB, estimate {found['estimate'] / 2**20:.0f} MiB")
+    if "gpu" in found:
+        name, peak = found["gpu"]
+        print(f"{name}: peak {peak / 2**20:.0f} MiB allocated")
     for stage, seconds in found["stages"].items():
         print(f"  {stage}: {seconds:.1f} s")
+    print("by kind of work, and its floor:")
+    for kind, seconds in sorted(found["kinds"].items(), key=lambda item: -item[1]):
+        least = floor(kind, found["counts"].get(kind, 0), rates)
+        print(f"  {kind}: {seconds:.1f} s" + (f", floor {least:.1f} s" if least else ""))
+    print(f"  all else: {found['seconds'] - sum(found['kinds'].values()):.1f} s")
     print(
-        f"rates: reading {reading / 1e9:.2f} GB/s, products {single / 1e9:.0f} (float32) and "
-        f"{double / 1e9:.0f} (float64) billions a second"
+        f"rates: reading {rates['bytes read'] / 1e9:.2f} GB/s, writing "
+        f"{rates['bytes written'] / 1e9:.2f} GB/s, products {rates['float32'] / 1e9:.0f} (float32) "
+        f"and {rates['float64'] / 1e9:.0f} (float64) billions a second"
     )
 
 
