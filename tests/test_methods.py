@@ -37,6 +37,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "obs": ("obs", STRUCTURED),
     "obs by gradients": ("obs", {**STRUCTURED, "gradients": 0.5}),
     "shortgpt": ("shortgpt", {}),
+    "shortgpt compensated": ("shortgpt", {"compensate": True}),
+    "obs compensated": ("obs", {**STRUCTURED, "layers": 1, "compensate": True}),
     "shortgpt iterative": ("shortgpt", {"order": "iterative", "distance": "angular"}),
     "sleb": ("sleb", {}),
     "random": ("random", {}),
@@ -55,7 +57,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "flap alone": ("flap", {"bias": False, "metric": "IFV", "square_heads": False}),
 }
 #: Those that go different ways through the journal.
-TO_KILL = ["obs by gradients", "sleb", "wanda-sp", "flap", "fpt", "llm-pruner"]
+TO_KILL = ["obs by gradients", "obs compensated", "sleb", "wanda-sp", "flap", "fpt", "llm-pruner"]
 
 
 def recipe(case: str, **fields: Any) -> Recipe:

@@ -75,7 +75,7 @@ CASES: dict[str, dict[str, Any]] = {
         "options": NONE_EXEMPT,
     },  # by gradients; units named
     "magnitude-sp": {**COMP, "method": "magnitude-sp", "options": {}},  # nothing is run
-    "shortgpt": {**COMP, "method": "shortgpt", "options": {}},  # nothing is cut
+    "shortgpt": {**COMP, "method": "shortgpt", "options": {"compensate": True}},  # nothing is cut
     "magnitude": {"method": "magnitude", "sparsity": "50%", "calibration": SMALL},
 }
 

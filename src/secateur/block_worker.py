@@ -94,13 +94,15 @@ class BlockWorker:
         lose: dict[str, int],
         units: dict[str, list[int]],
         scores: dict[str, list[float]],
+        factor: float,
     ) -> None:
         """Take the statistics of a block, and find out what does not depend on its quota.
 
         Args:
             inputs: file with what goes into it; None where nothing of that is needed.
             late: windows at the end whose statistics are kept apart.
-            parameters, lose, units, scores: its share, before what blocks ahead have missed.
+            parameters, lose, units, scores, factor: its share, before what blocks ahead have
+                missed.
         """
         from secateur.masking import state_of
         from secateur.methods import Share
@@ -109,7 +111,7 @@ class BlockWorker:
 
         engine, method = self._run.engine, self._run.method
         hidden = None if inputs is None else self._inputs(Path(inputs))
-        stream, share = self._run.stream, Share(parameters, lose, units, scores)
+        stream, share = self._run.stream, Share(parameters, lose, units, scores, factor)
         with listening() as self._steps:
             with stream.block(layer) as module:
                 block, _ = engine.inside.look(layer, module, hidden, share, late, passes=False)

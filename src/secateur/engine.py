@@ -17,6 +17,7 @@ from secateur.errors import RecipeError
 from secateur.fit_text import FitText
 from secateur.inside import Inside
 from secateur.layers import LayerChoice, Round, by_influence, by_loss
+from secateur.magnitude import factors, holds
 from secateur.masking import masked, state_of
 from secateur.methods import Method, Shares
 from secateur.plans import BlockCut, Plan, Tensors, block_removed
@@ -121,7 +122,7 @@ class Engine:
             count, loss = counts[0], None
         for choice in self.layer_stage(tokens):
             if len(choice.removed) == count:
-                return LayerChoice(choice.layers, choice.importances, choice.removed, loss)
+                return replace(choice, held_out_loss=loss)
         raise AssertionError("the layer stage ends only when nothing is left")
 
     def _best_count(self, tokens: torch.Tensor, counts: Sequence[int]) -> tuple[int, float]:
@@ -184,7 +185,11 @@ class Engine:
             surveys = by_statistics(
                 self.stream, method, tokens, choice.layers, self.inside.look, self.progress
             )
-        return method.allocate(anatomy, choice.layers, choice.importances, surveys, rest)
+        shares = method.allocate(anatomy, choice.layers, choice.importances, surveys, rest)
+        if method.compensates and holds(self.stream.checkpoint.config):
+            for layer, factor in factors(choice.layers, choice.growths).items():
+                shares[layer] = replace(shares[layer], factor=factor)
+        return shares
 
     # ---- inside the blocks -------------------------------------------------------------------
 

@@ -93,6 +93,7 @@ class Inside:
             lose={} if share is None else share.inputs,
             units={} if share is None else share.units,
             scores={} if share is None else share.scores,
+            factor=1.0 if share is None else share.factor,
             neurons=neurons[0] if neurons else None,
         )
         return block, out

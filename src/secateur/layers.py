@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from secateur.boundaries import Boundaries
 from secateur.errors import SourceError
+from secateur.magnitude import growth
 from secateur.methods import Method
 from secateur.progress import Progress
 from secateur.streaming import Stream
@@ -29,13 +30,15 @@ class LayerChoice:
     the last removal.
 
     ``held_out_loss`` is the mean loss per token on windows kept out of the statistics, where the
-    number of removed blocks was chosen by it.
+    number of removed blocks was chosen by it. ``growths`` are those of the removed blocks
+    (:mod:`secateur.magnitude`), where blocks were ranked by what they do to the stream.
     """
 
     layers: list[int]
     importances: dict[int, float]
     removed: list[int]
     held_out_loss: float | None = None
+    growths: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def by_influence(
     layers = list(range(stream.anatomy.layers))
     removed: list[int] = []
     importances: dict[int, float] = {}
+    growths: dict[int, float] = {}
     inputs = Boundaries()
     try:
         hidden = stream.embed(tokens)
@@ -92,10 +96,12 @@ def by_influence(
                         out = stream.forward_block(layer, module, hidden)
                     importances[layer] = method.layer_importance(hidden, out)
                     _check_finite(importances[layer], f"block {layer} puts out")
+                    growths[layer] = growth(hidden, out)
                     hidden = out
                     progress.step(f"block {layer} importance {importances[layer]:.4f}")
                 progress.finish()
-            yield LayerChoice(list(layers), dict(importances), list(removed))
+            gone = {layer: growths[layer] for layer in removed}
+            yield LayerChoice(list(layers), dict(importances), list(removed), growths=gone)
             worst = min(method.candidates(layers), key=lambda layer: importances[layer])
             start = layers.index(worst)
             layers.remove(worst)

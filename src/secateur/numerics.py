@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from secateur.magnitude import scaled
 from secateur.methods import Block, Method
 from secateur.plans import STEPS, BlockCut
 from secateur.solvers.ladder import NO_TUNING, climbed, listening, solving_for, texts
@@ -62,7 +63,7 @@ def cut_by(method: Method, block: Block, quota: int, dtype: torch.dtype) -> Bloc
             climbed(NO_TUNING, f"a fitted bias does not fit {_short(dtype)}")
         del cut.biases[name]
     cut.notes = {key: _without_infinite(value) for key, value in cut.notes.items()}
-    return cut
+    return cut if block.factor == 1 else scaled(cut, block)
 
 
 def _fits(tensor: torch.Tensor, most: float) -> bool:

@@ -258,6 +258,7 @@ def _layer_choice(run: Run, journal: Journal) -> tuple[LayerChoice, dict[str, fl
             "layers": choice.layers,
             "importances": [choice.importances.get(i) for i in choice.layers],
             "removed": choice.removed,
+            "growths": [choice.growths.get(i) for i in choice.removed],
             "loss": choice.held_out_loss,
             "trials": run.engine.trials,
             "layout_cost": run.layout_cost(choice),
@@ -266,7 +267,14 @@ def _layer_choice(run: Run, journal: Journal) -> tuple[LayerChoice, dict[str, fl
     run.engine.trials = found["trials"]
     ranked = zip(found["layers"], found["importances"], strict=True)
     importances = {i: value for i, value in ranked if value is not None}
-    choice = LayerChoice(found["layers"], importances, found["removed"], found["loss"])
+    growths = zip(found["removed"], found["growths"], strict=True)
+    choice = LayerChoice(
+        found["layers"],
+        importances,
+        found["removed"],
+        found["loss"],
+        {i: growth for i, growth in growths if growth is not None},
+    )
     return choice, found["layout_cost"]
 
 

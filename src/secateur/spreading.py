@@ -214,6 +214,7 @@ class Blocks:
             lose=dict(share.inputs),
             units={name: list(units) for name, units in share.units.items()},
             scores={name: list(scores) for name, scores in share.scores.items()},
+            factor=share.factor,
         )
         removed = worker.ask("cut", parameters=self._quotas.of(layer))
         self._quotas.lost(layer, removed)

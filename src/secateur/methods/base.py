@@ -34,12 +34,15 @@ class Share:
             knows them from its survey.
         scores: what the survey says of each unit by linear layer, where the cut of the block
             decides by that and by what it sees itself.
+        factor: what the block is to add to the hidden state, as a part of what it added
+            (:mod:`secateur.magnitude`).
     """
 
     parameters: int
     inputs: dict[str, int] = field(default_factory=dict)
     units: dict[str, list[int]] = field(default_factory=dict)
     scores: dict[str, list[float]] = field(default_factory=dict)
+    factor: float = 1.0
 
 
 Shares = dict[int, Share]
@@ -63,6 +66,7 @@ class Block:
         lose: inputs to lose by linear layer, where :class:`Share` says.
         units: units to lose by linear layer, where :class:`Share` names them.
         scores: of units by linear layer, where :class:`Share` has them.
+        factor: of what the block adds to the hidden state (:class:`Share`).
         gradients: of the loss by the weight of each linear layer, (p, q), call after call, in a
             survey by gradients (:attr:`Method.survey_by`). Each can be looked at once.
         prepared: what :meth:`Method.prepare` said of the block, where it was asked first.
@@ -82,6 +86,7 @@ class Block:
     lose: Mapping[str, int] = field(default_factory=dict)
     units: Mapping[str, Sequence[int]] = field(default_factory=dict)
     scores: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    factor: float = 1.0
     gradients: Iterator[dict[str, torch.Tensor]] = field(default_factory=lambda: iter(()))
     prepared: Any = None
     influence: float = 1.0
@@ -268,6 +273,11 @@ class Method(AnyMethod):
     @property
     def looks_ahead(self) -> bool:
         """Whether every block is surveyed, uncut, before it is known what each shall lose."""
+        return False
+
+    @property
+    def compensates(self) -> bool:
+        """Whether blocks behind a removed one add as much less as it made the state grow."""
         return False
 
     def surveyed(self, layers: Sequence[int]) -> Sequence[int]:

@@ -96,6 +96,10 @@ class Chain(Method):
         return self._first.quotas(anatomy, importances, total)
 
     @property
+    def compensates(self) -> bool:
+        return self._first.compensates
+
+    @property
     def looks_ahead(self) -> bool:
         return self._first.looks_ahead
 

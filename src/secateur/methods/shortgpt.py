@@ -28,6 +28,11 @@ class ShortGptOptions(BaseModel):
     distance: Literal["cosine", "angular"] = Field(
         "cosine", description="1 - E cos (the paper), or E arccos(cos) / pi"
     )
+    compensate: bool = Field(
+        False,
+        description="blocks behind a removed one add as much less to the hidden state as that made "
+        "it grow (not in the paper)",
+    )
 
 
 @register
@@ -42,6 +47,10 @@ class ShortGpt(WholeBlocks):
     @property
     def looks_again(self) -> bool:
         return self.options.order == "iterative"
+
+    @property
+    def compensates(self) -> bool:
+        return self.options.compensate
 
     def layer_importance(self, inputs: torch.Tensor, outputs: torch.Tensor) -> float:
         """BI_l = 1 - E_t cos(x_t^l, x_t^{l+1}), or the mean angle between them over pi."""

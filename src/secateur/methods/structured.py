@@ -36,6 +36,11 @@ class StructuredOptions(BaseModel):
     layers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto", description="whole blocks to remove; auto: chosen by the loss on held-out windows"
     )
+    compensate: bool = Field(
+        False,
+        description="blocks behind a removed one add as much less to the hidden state as that made "
+        "it grow",
+    )
     max_layers: int = Field(4, ge=0, description="most blocks that auto tries to remove")
     groups: Annotated[int, Field(ge=1)] | Literal["auto", "keep"] = Field(
         "auto",
@@ -83,6 +88,10 @@ class Structured(Units):
         """The order of the inputs of layer ``name`` in pieces of ``unit`` inputs, and its costs."""
 
     # ---- layer stage -------------------------------------------------------------------------
+
+    @property
+    def compensates(self) -> bool:
+        return bool(self.options.compensate)
 
     def layer_counts(self, worth: float) -> Sequence[int]:
         most = int(worth)

@@ -1,0 +1,70 @@
+"""Magnitude compensation: what a removed block did to the size of the hidden state.
+
+Each block adds to the hidden state, which grows on its way. Without one of them the blocks behind
+add to a smaller state than they were made for, and count for too much. Its growth by the removed
+block, g = ||h behind|| / ||h in front||, is the median over tokens. To give the state its size back
+would take other embeddings and other blocks in front. Whatever reads the state divides it by its
+size first, so that the same is had by making all blocks behind add 1 / g as much: their attention
+and FFN outputs are scaled, and the ratio of what is added to what is there is as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from secateur.methods.base import Block
+from secateur.plans import BlockCut
+
+
+def growth(inputs: torch.Tensor, outputs: torch.Tensor) -> float:
+    """g, the median over tokens of ||outputs|| / ||inputs||.
+
+    Args:
+        inputs, outputs: hidden states in front of a block and behind it, (windows, length, hidden).
+    """
+    before = inputs.float().norm(dim=-1)
+    return float((outputs.float().norm(dim=-1) / before.clamp(min=1e-12)).median())
+
+
+def holds(config: Any) -> bool:
+    """Whether everything that reads the hidden state divides it by its size first."""
+    return bool(getattr(config, "do_layer_norm_before", True))
+
+
+def factors(layers: Sequence[int], growths: Mapping[int, float]) -> dict[int, float]:
+    """What each block that stays is to add, as a part of what it added.
+
+    Args:
+        layers: blocks that stay.
+        growths: g of the blocks that went.
+    """
+    found = {}
+    for layer in layers:
+        found[layer] = 1.0
+        for gone, grown in growths.items():
+            if gone < layer and grown > 0:
+                found[layer] /= grown
+    return found
+
+
+def scaled(cut: BlockCut, block: Block) -> BlockCut:
+    """The cut of a block that adds :attr:`Block.factor` times what it would."""
+    factor = block.factor
+    inputs, scales, biases = dict(cut.inputs), dict(cut.scales), dict(cut.biases)
+    weights = dict(cut.weights)
+    for coupling in block.anatomy.family.couplings:
+        name = coupling.consumer
+        if name in weights:
+            weights[name] = weights[name] * factor
+        else:
+            inputs.setdefault(name, torch.arange(block.anatomy.denses[name].inputs))
+            scales[name] = scales.get(name, torch.ones(len(inputs[name]))) * factor
+        if name in block.biases:
+            biases[name] = biases.get(name, block.biases[name].cpu()) * factor
+        elif name in biases:
+            biases[name] = biases[name] * factor
+    notes = {**cut.notes, "adds": factor}
+    return BlockCut(cut.source, inputs, scales, cut.rows, weights, biases, cut.groups, notes)
