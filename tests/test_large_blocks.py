@@ -110,7 +110,7 @@ def test_workers_make_the_same_bytes(
             inputs = folder / "inputs.safetensors"
             tokens = torch.arange(64).reshape(4, 16) % 100
             save_file({"hidden": stream.embed(tokens)}, inputs)
-            worker.look(1, str(inputs), 0, 3000, {}, {}, {}, 1.0)
+            worker.look(1, str(inputs), 0, {"parameters": 3000})
             assert worker.cut(3000) > 0
             worker.write()
         finally:

@@ -90,18 +90,14 @@ class BlockWorker:
         layer: int,
         inputs: str | None,
         late: int,
-        parameters: int,
-        lose: dict[str, int],
-        units: dict[str, list[int]],
-        scores: dict[str, list[float]],
-        factor: float,
+        share: dict[str, Any],
     ) -> None:
         """Take the statistics of a block, and find out what does not depend on its quota.
 
         Args:
             inputs: file with what goes into it; None where nothing of that is needed.
             late: windows at the end whose statistics are kept apart.
-            parameters, lose, units, scores, factor: its share, before what blocks ahead have
+            share: fields of its :class:`~secateur.methods.Share`, before what blocks ahead have
                 missed.
         """
         from secateur.masking import state_of
@@ -111,16 +107,16 @@ class BlockWorker:
 
         engine, method = self._run.engine, self._run.method
         hidden = None if inputs is None else self._inputs(Path(inputs))
-        stream, share = self._run.stream, Share(parameters, lose, units, scores, factor)
+        stream, own = self._run.stream, Share(**share)
         with listening() as self._steps:
             with stream.block(layer) as module:
-                block, _ = engine.inside.look(layer, module, hidden, share, late, passes=False)
+                block, _ = engine.inside.look(layer, module, hidden, own, late, passes=False)
                 self._state = None if stream.large else state_of(module)
             del hidden
             if stream.large:  # it waits in the file while its layers are solved
                 block = replace(block, weights=stream.layers_of(layer))
             with finite_statistics(layer):
-                prepared = method.prepare(block) if parameters else None
+                prepared = method.prepare(block) if own.parameters else None
         self._block = replace(block, prepared=prepared)
 
     def _inputs(self, file: Path) -> torch.Tensor:

@@ -13,11 +13,12 @@ from dataclasses import replace
 
 import torch
 
+from secateur.anatomy.residual import reads_normed
 from secateur.errors import RecipeError
 from secateur.fit_text import FitText
 from secateur.inside import Inside
 from secateur.layers import LayerChoice, Round, by_influence, by_loss
-from secateur.magnitude import factors, holds
+from secateur.magnitude import factors
 from secateur.masking import masked, state_of
 from secateur.methods import Method, Shares
 from secateur.plans import BlockCut, Plan, Tensors, block_removed
@@ -186,7 +187,7 @@ class Engine:
                 self.stream, method, tokens, choice.layers, self.inside.look, self.progress
             )
         shares = method.allocate(anatomy, choice.layers, choice.importances, surveys, rest)
-        if method.compensates and holds(self.stream.checkpoint.config):
+        if method.compensates and reads_normed(self.stream.checkpoint.config):
             for layer, factor in factors(choice.layers, choice.growths).items():
                 shares[layer] = replace(shares[layer], factor=factor)
         return shares

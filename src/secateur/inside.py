@@ -84,16 +84,17 @@ class Inside:
         else:
             with gather(module, readers, Channels, behind=behind, only=not passes) as (channels, _):
                 out = run(layer, module, hidden)
+        own = Share(0) if share is None else share
         block = self.block(
             layer,
             module,
             moments=moments,
             held_out=held_out if apart is not None else {},
             channels=channels,
-            lose={} if share is None else share.inputs,
-            units={} if share is None else share.units,
-            scores={} if share is None else share.scores,
-            factor=1.0 if share is None else share.factor,
+            lose=own.inputs,
+            units=own.units,
+            scores=own.scores,
+            factor=own.factor,
             neurons=neurons[0] if neurons else None,
         )
         return block, out

@@ -11,7 +11,7 @@ and FFN outputs are scaled, and the ratio of what is added to what is there is a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 
@@ -27,11 +27,6 @@ def growth(inputs: torch.Tensor, outputs: torch.Tensor) -> float:
     """
     before = inputs.float().norm(dim=-1)
     return float((outputs.float().norm(dim=-1) / before.clamp(min=1e-12)).median())
-
-
-def holds(config: Any) -> bool:
-    """Whether everything that reads the hidden state divides it by its size first."""
-    return bool(getattr(config, "do_layer_norm_before", True))
 
 
 def factors(layers: Sequence[int], growths: Mapping[int, float]) -> dict[int, float]:
@@ -62,9 +57,8 @@ def scaled(cut: BlockCut, block: Block) -> BlockCut:
         else:
             inputs.setdefault(name, torch.arange(block.anatomy.denses[name].inputs))
             scales[name] = scales.get(name, torch.ones(len(inputs[name]))) * factor
-        if name in block.biases:
-            biases[name] = biases.get(name, block.biases[name].cpu()) * factor
-        elif name in biases:
-            biases[name] = biases[name] * factor
+        bias = biases.get(name, block.biases.get(name))
+        if bias is not None:
+            biases[name] = bias.cpu() * factor
     notes = {**cut.notes, "adds": factor}
-    return BlockCut(cut.source, inputs, scales, cut.rows, weights, biases, cut.groups, notes)
+    return replace(cut, inputs=inputs, scales=scales, weights=weights, biases=biases, notes=notes)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from secateur.checkpoint import local_path
@@ -210,11 +211,7 @@ class Blocks:
             layer=layer,
             inputs=str(inputs_file(folder, layer)) if reads else None,
             late=self._late if reads else 0,
-            parameters=share.parameters,
-            lose=dict(share.inputs),
-            units={name: list(units) for name, units in share.units.items()},
-            scores={name: list(scores) for name, scores in share.scores.items()},
-            factor=share.factor,
+            share=asdict(share),
         )
         removed = worker.ask("cut", parameters=self._quotas.of(layer))
         self._quotas.lost(layer, removed)

@@ -78,7 +78,7 @@ def describe_residual(model: Any, anatomy: Anatomy) -> ResidualStream:
         )
     table = family.residual
     norm = _first(model, (table.norm,))
-    if norm is None or not getattr(config, "do_layer_norm_before", True):
+    if norm is None or not reads_normed(config):
         raise FamilyError(
             f"this {anatomy.model_type} model has its norms behind attention and FFN, or none at "
             "its end, so that the stream between them cannot be rotated: use another --method"
@@ -116,6 +116,11 @@ def describe_residual(model: Any, anatomy: Anatomy) -> ResidualStream:
         norm_bias=getattr(last, "bias", None) is not None,
         tied=next((p for p in sources if {f"{p}.weight", f"{reader}.weight"} in tied), None),
     )
+
+
+def reads_normed(config: Any) -> bool:
+    """Whether everything that reads the hidden state divides it by its size first."""
+    return bool(getattr(config, "do_layer_norm_before", True))
 
 
 def _first(model: Any, paths: tuple[str, ...]) -> str | None:

@@ -46,8 +46,6 @@ COPIES_BESIDE = 4
 #: Inputs of a layer above which auto makes no more copies than leave its tokens few
 #: (:attr:`Moments.rows`): inverses of the second moment would take ten times what its weight does.
 WIDE = 4096
-
-
 #: Tokens from which auto fits the layers that make neurons, and rounds of it.
 MANY_TOKENS = 30_000
 ROUNDS = 2
@@ -131,7 +129,6 @@ class Obs(Structured):
                 f"rounds is {self.options.rounds}, but blocks of {anatomy.model_type} do not end "
                 "with an FFN of their own: leave it out, or set it to 0"
             )
-
         if self.options.gradients:
             check_members(anatomy, "--set gradients", "leave it out")
 

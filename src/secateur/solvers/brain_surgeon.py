@@ -68,7 +68,7 @@ class GreedyOrder:
     ) -> None:
         device = weight.device
         self._unit, self._inverse = unit, inverse
-        self._part = part if scores is not None else 0.0
+        self._part = part
         self._scores = None if scores is None else _log(scores.to(device)) * part
         self._whole = inverse.energy(weight)
         self._blocks = inverse.blocks(unit)
