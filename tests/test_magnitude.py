@@ -12,7 +12,7 @@ import torch
 from test_scored import LLAMA, OPT, blocks_of, whole, windows_of
 from transformers import AutoModelForCausalLM
 
-from secateur.magnitude import factors, growth
+from secateur.magnitude import factors, growth, said
 from secateur.methods.shortgpt import ShortGpt
 from secateur.pruning import prune
 from secateur.recipe import make_recipe
@@ -31,6 +31,14 @@ def test_growth_is_a_median_over_tokens() -> None:
 def test_blocks_behind_all_that_went_add_less_by_each() -> None:
     assert factors([0, 2, 3, 5], {4: 2.0, 1: 1.25}) == {0: 1, 2: 0.8, 3: 0.8, 5: 0.4}
     assert factors([0, 1], {}) == {0: 1, 1: 1}
+
+
+def test_what_is_said_of_it() -> None:
+    assert said([{}, {"error": {}}]) == ""
+    assert said([{}, {"adds": 0.5}, {"adds": 0.91234}]) == (
+        "Blocks behind removed ones add 0.500 to 0.912 times what they did to the hidden state, "
+        "which the removed ones made grow."
+    )
 
 
 def scaled_in_front(model: Any, gone: int, grown: float, paths: tuple[str, str]) -> Any:
@@ -78,6 +86,9 @@ def test_the_same_as_a_larger_state_in_front(
     assert [cut.source for cut in result.plan.blocks] == [0, 2, 3]
     assert adds == pytest.approx([1, 1 / grown, 1 / grown])
     assert abs(grown - 1) > 0.05
+    line = f"Blocks behind removed ones add {1 / grown:.3f} times what they did"
+    for page in ("README.md", "report.html"):
+        assert line in (tmp_path / "out" / page).read_text()
 
     blocks_of(model)[1]._forward_hooks.clear()
     wanted = scaled_in_front(model, 1, grown, paths)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -129,11 +130,12 @@ class Engine:
     def _best_count(self, tokens: torch.Tensor, counts: Sequence[int]) -> tuple[int, float]:
         statistics, probe = _held_out(tokens)
         best: tuple[int, torch.Tensor] | None = None
+        gradients: dict[int, Any] = {}
         refused: RecipeError | None = None
         for choice in self.layer_stage(statistics):
             count = len(choice.removed)
             try:
-                shares = self.shares(choice, statistics)
+                shares = self.shares(choice, statistics, gradients)
             except RecipeError as error:
                 refused = refused or error  # the first says most: it had all blocks to take from
             else:
@@ -166,23 +168,33 @@ class Engine:
         self.neuron_stage(choice.layers, shares, statistics, probe=probe, probe_out=hidden)
         return self.stream.losses(hidden[0], probe)
 
-    def shares(self, choice: LayerChoice, tokens: torch.Tensor) -> Shares:
+    def shares(
+        self,
+        choice: LayerChoice,
+        tokens: torch.Tensor,
+        gradients: dict[int, Any] | None = None,
+    ) -> Shares:
         """What each remaining block shall lose.
 
         Args:
             tokens: (windows, length), for the statistics of a method that looks ahead.
+            gradients: what a survey by gradients on these tokens found with more blocks left; kept
+                here for the next call. They are of the uncut model, whichever blocks are left.
 
         Raises:
             RecipeError: they cannot lose that much.
         """
         anatomy, method = self.stream.anatomy, self.method
         rest = max(0, self.to_remove - len(choice.removed) * anatomy.block_parameters)
-        surveys = {}
-        if method.looks_ahead and method.survey_by == "gradients":
-            surveys = by_gradients(
+        surveys, by = {}, method.survey_by(anatomy, tokens.numel())
+        if by == "gradients":
+            found = gradients or by_gradients(
                 self.stream, method, tokens, choice.layers, self.inside.block, self.progress
             )
-        elif method.looks_ahead:
+            surveys = {layer: found[layer] for layer in method.surveyed(choice.layers)}
+            if gradients is not None:
+                gradients.update(found)
+        elif by == "statistics":
             surveys = by_statistics(
                 self.stream, method, tokens, choice.layers, self.inside.look, self.progress
             )

@@ -14,6 +14,7 @@ from secateur.boundaries import IN_MEMORY
 from secateur.errors import MemoryLimitError, RecipeError
 from secateur.layers import search_work
 from secateur.methods import Method
+from secateur.methods.base import SurveyBy
 from secateur.recipe import BYTE_UNITS, parse_amount
 from secateur.replaying import first_passes, second_pass
 from secateur.rereading import is_large
@@ -71,28 +72,38 @@ class Work:
     cuts: int
 
 
-def work_of(method: Method, anatomy: Anatomy, counts: Sequence[int], tokens: int) -> Work:
+def work_of(
+    method: Method,
+    anatomy: Anatomy,
+    counts: Sequence[int],
+    tokens: int,
+    survey: SurveyBy | None,
+) -> Work:
     """What a run takes, about.
 
     Args:
         counts: numbers of whole blocks that may be removed (:meth:`Engine.layer_counts`).
         tokens: that statistics are taken from.
+        survey: see :meth:`Method.survey_by`.
     """
     if method.ranking == "loss":
         runs, heads = search_work(method, anatomy.layers, counts[0])
         return Work(runs / anatomy.layers, heads, 0)
     reads = bool(method.signals(anatomy))
     cut = first_passes(method, anatomy) + second_pass(method, anatomy, tokens)
-    by_gradients = method.looks_ahead and method.survey_by == "gradients"
+    by_gradients = survey == "gradients"
     # Forward twice; backward is worth two more.
     back, heads = (4, 3) if by_gradients else (0, 0)
     if method.ranking is None and by_gradients:
         return Work(cut + back, heads, 1)
     if method.ranking is None:
-        solved = method.looks_ahead and method.survey_needs == "moments"
-        return Work(cut + reads * method.looks_ahead, 0, 1 + solved)
+        looked = survey == "statistics"
+        solved = looked and method.survey_needs == "moments"
+        return Work(cut + reads * looked, 0, 1 + solved)
     trials = min(3, len(counts)) if len(counts) > 1 else 0
-    return Work((1 + cut + back) * (1 + trials), trials + heads * (1 + trials), 1 + trials)
+    surveys = 1 + bool(trials)  # one for all trials, since it is of the uncut model
+    passes = (1 + cut) * (1 + trials) + back * surveys
+    return Work(passes, trials + heads * surveys, 1 + trials)
 
 
 def estimate(

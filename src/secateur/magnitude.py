@@ -10,13 +10,17 @@ and FFN outputs are scaled, and the ratio of what is added to what is there is a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from secateur.methods.base import Block
 from secateur.plans import BlockCut
+
+#: The key of a block's notes under which its factor stands.
+ADDS = "adds"
 
 
 def growth(inputs: torch.Tensor, outputs: torch.Tensor) -> float:
@@ -60,5 +64,21 @@ def scaled(cut: BlockCut, block: Block) -> BlockCut:
         bias = biases.get(name, block.biases.get(name))
         if bias is not None:
             biases[name] = bias.cpu() * factor
-    notes = {**cut.notes, "adds": factor}
+    notes = {**cut.notes, ADDS: factor}
     return replace(cut, inputs=inputs, scales=scales, weights=weights, biases=biases, notes=notes)
+
+
+def said(notes: Iterable[Mapping[str, Any]]) -> str:
+    """A sentence on the blocks that add less than they did; empty where none does.
+
+    Args:
+        notes: of the blocks that stay.
+    """
+    found = sorted({f"{own[ADDS]:.3f}" for own in notes if ADDS in own})
+    if not found:
+        return ""
+    range_ = found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}"
+    return (
+        f"Blocks behind removed ones add {range_} times what they did to the hidden state, which "
+        "the removed ones made grow."
+    )

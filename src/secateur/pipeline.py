@@ -197,7 +197,8 @@ class Run(Prepared):
         anatomy = self.stream.anatomy
         text = text_work(self.method, anatomy, spec.samples, spec.length)
         tokens = text.windows * spec.length
-        work = work_of(self.method, anatomy, self.engine.layer_counts(), tokens)
+        survey = self.method.survey_by(anatomy, spec.samples * spec.length)
+        work = work_of(self.method, anatomy, self.engine.layer_counts(), tokens, survey)
         return estimate(
             anatomy,
             self.method.signals(anatomy) if self.method.needs == "moments" else set(),
@@ -206,7 +207,7 @@ class Run(Prepared):
             hidden=int(config.hidden_size),
             vocabulary=int(config.vocab_size),
             overhead=self.checkpoint.overhead,
-            gradients=self.method.gradients_held,
+            gradients=self.method.gradients_held if survey == "gradients" else 0,
             passes=work.passes + text.passes,
             heads=work.heads + text.heads,
             solving=work.cuts * anatomy.layers * self.method.solving(anatomy, tokens),

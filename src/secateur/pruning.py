@@ -283,7 +283,7 @@ def _shares(run: Run, journal: Journal, choice: LayerChoice) -> Shares:
     found = journal.find("shares")
     if found is None:
         shares = run.engine.shares(choice, run.windows.tokens)
-        if run.method.looks_ahead:
+        if run.method.survey_by(run.stream.anatomy, run.windows.tokens.numel()):
             journal.add(
                 "shares", [[layer, *vars(share).values()] for layer, share in shares.items()]
             )

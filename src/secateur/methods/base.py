@@ -19,6 +19,7 @@ from secateur.solvers.budget import in_units
 from secateur.statistics import SOLVER_MATRICES, Channels, Moments, moments_work
 
 Quotas = dict[int, int]
+SurveyBy = Literal["statistics", "gradients"]
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,6 @@ class Method(AnyMethod):
     ranking: ClassVar[Literal["influence", "loss"] | None] = "influence"
     #: Statistics of the signals: second moments, or mean, variance and norm of each channel.
     needs: ClassVar[Literal["moments", "channels"]] = "moments"
-    #: What a survey sees of a block: statistics of its signals, or gradients of its weights
-    #: (:attr:`Block.gradients`), for which the loss of the uncut model is passed back once.
-    survey_by: ClassVar[Literal["statistics", "gradients"]] = "statistics"
     #: Whether anything goes inside blocks.
     cuts_inside: ClassVar[bool] = True
 
@@ -270,10 +268,18 @@ class Method(AnyMethod):
         """
         return {}
 
-    @property
-    def looks_ahead(self) -> bool:
-        """Whether every block is surveyed, uncut, before it is known what each shall lose."""
-        return False
+    def survey_by(self, anatomy: Anatomy, tokens: int) -> SurveyBy | None:
+        """Whether every block is surveyed, uncut, before it is known what each shall lose.
+
+        Args:
+            tokens: of the calibration text.
+
+        Returns:
+            what the survey sees of a block: statistics of its signals, or gradients of its weights
+            (:attr:`Block.gradients`), for which the loss of the uncut model is passed back once.
+            None: there is no survey.
+        """
+        return None
 
     @property
     def compensates(self) -> bool:
@@ -286,12 +292,11 @@ class Method(AnyMethod):
 
     @property
     def gradients_held(self) -> int:
-        """How many times a block's gradients are in memory at once during a survey.
+        """How many times a block's gradients are in memory at once during a survey by them.
 
-        Those of a call, their sum and the sum of their squares; fewer where a survey keeps less,
-        none where it is not by gradients.
+        Those of a call, their sum and the sum of their squares; fewer where a survey keeps less.
         """
-        return 3 if self.survey_by == "gradients" else 0
+        return 3
 
     @property
     def windows_per_gradient(self) -> int | None:
@@ -317,7 +322,7 @@ class Method(AnyMethod):
         Args:
             layers: blocks that are left.
             importances: of the layer stage, where it ranks.
-            surveys: answers of :meth:`survey` by block, where the method looks ahead.
+            surveys: answers of :meth:`survey` by block, where there is one (:meth:`survey_by`).
             total: parameters that all together shall lose.
 
         Raises:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from pydantic import Field
 
 from secateur.anatomy import Anatomy
-from secateur.methods.base import Share, Shares
+from secateur.methods.base import Share, Shares, SurveyBy
 from secateur.methods.scored import Scored, ScoredOptions, Scores, lowest_units
 from secateur.methods.units import Exempt, check_members, not_exempt
 
@@ -37,15 +37,13 @@ class ByGradient(Scored):
     """See the module."""
 
     options: GradientOptions
-    survey_by: ClassVar[Literal["statistics", "gradients"]] = "gradients"
 
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
         check_members(anatomy, f"method {self.name}", "use --method obs")
 
-    @property
-    def looks_ahead(self) -> bool:
-        return True
+    def survey_by(self, anatomy: Anatomy, tokens: int) -> SurveyBy | None:
+        return "gradients"
 
     def signals(self, anatomy: Anatomy) -> set[str]:
         return set()  # of the pass that cuts

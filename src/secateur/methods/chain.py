@@ -16,7 +16,7 @@ import torch
 
 from secateur.anatomy import Anatomy
 from secateur.errors import RecipeError
-from secateur.methods.base import Block, Method, Quotas, Shares
+from secateur.methods.base import Block, Method, Quotas, Shares, SurveyBy
 from secateur.methods.sparse import SparseMethod
 from secateur.plans import BlockCut
 from secateur.statistics import Moments
@@ -43,7 +43,6 @@ class Chain(Method):
         self.held_out = first.held_out  # type: ignore[misc]
         self.resampled = first.resampled  # type: ignore[misc]
         self.ranking = first.ranking  # type: ignore[misc]
-        self.survey_by = first.survey_by  # type: ignore[misc]
 
     def check(self, anatomy: Anatomy) -> None:
         self._first.check(anatomy)
@@ -99,9 +98,12 @@ class Chain(Method):
     def compensates(self) -> bool:
         return self._first.compensates
 
+    def survey_by(self, anatomy: Anatomy, tokens: int) -> SurveyBy | None:
+        return self._first.survey_by(anatomy, tokens)
+
     @property
-    def looks_ahead(self) -> bool:
-        return self._first.looks_ahead
+    def gradients_held(self) -> int:
+        return self._first.gradients_held
 
     def surveyed(self, layers: Sequence[int]) -> Sequence[int]:
         return self._first.surveyed(layers)

@@ -17,12 +17,12 @@ from pydantic import Field
 from secateur.anatomy import Anatomy
 from secateur.errors import RecipeError
 from secateur.finite import all_finite
-from secateur.forms import Form
-from secateur.methods.base import Block, Shares
+from secateur.methods.base import Block, Shares, SurveyBy
+from secateur.methods.by_gradient import EXEMPT as BY_GRADIENTS
 from secateur.methods.registry import register
 from secateur.methods.scored import Scores
 from secateur.methods.structured import Structured, StructuredOptions, short
-from secateur.methods.units import check_members, members
+from secateur.methods.units import Exempt, check_members, exempt, has_members, members
 from secateur.neurons import Neurons, parts_of
 from secateur.plans import BlockCut
 from secateur.solvers import brain_surgeon, gauss_newton, refit
@@ -46,9 +46,11 @@ COPIES_BESIDE = 4
 #: Inputs of a layer above which auto makes no more copies than leave its tokens few
 #: (:attr:`Moments.rows`): inverses of the second moment would take ten times what its weight does.
 WIDE = 4096
-#: Tokens from which auto fits the layers that make neurons, and rounds of it.
+#: Tokens from which auto fits the layers that make neurons, and rounds of it; calibration tokens
+#: from which it asks gradients too, and their part in the order.
 MANY_TOKENS = 30_000
 ROUNDS = 2
+GRADIENTS = 0.5
 
 
 class ObsOptions(StructuredOptions):
@@ -83,12 +85,26 @@ class ObsOptions(StructuredOptions):
         description="what a token weighs in choice and fit: by the size of the hidden state that "
         "the layer's output is added to, or all the same",
     )
-    gradients: float = Field(
-        0.0,
-        ge=0,
-        le=1,
+    gradients: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
+        "auto",
         description="part of gradients of the loss in the order of units, which takes one pass "
-        "back through the uncut model; 0: none, 0.5 is best",
+        "back through the uncut model; 0: none; auto: 0.5 from 30,000 tokens of calibration text "
+        "on where the blocks are below 1 GiB in float32",
+    )
+    shares: Literal["auto", "importance", "uniform"] = Field(  # type: ignore[assignment]
+        "auto",
+        description="share of each block: by 1/importance (COMP's Eq. 10), or the same; auto: the "
+        "same where gradients take part",
+    )
+    exempt_first: Exempt = Field(
+        "auto",
+        description="first blocks that lose no inputs; auto: 2 of 32, 4 where gradients take part, "
+        "fewer of few",
+    )
+    exempt_last: Exempt = Field(
+        "auto",
+        description="last blocks that lose no inputs; auto: 1 of 32, 2 where gradients take part, "
+        "none of few",
     )
     rounds: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
@@ -112,11 +128,6 @@ class Obs(Structured):
     #: Share of the tokens that each copy of the calibration windows draws anew.
     resampled = 0.2
 
-    def __init__(self, options: ObsOptions, form: Form) -> None:
-        super().__init__(options, form)
-        if options.gradients:
-            self.survey_by = "gradients"  # type: ignore[misc]
-
     def check(self, anatomy: Anatomy) -> None:
         super().check(anatomy)
         if self.form.structure == "inputs":
@@ -129,7 +140,7 @@ class Obs(Structured):
                 f"rounds is {self.options.rounds}, but blocks of {anatomy.model_type} do not end "
                 "with an FFN of their own: leave it out, or set it to 0"
             )
-        if self.options.gradients:
+        if self.options.gradients not in (0, "auto"):
             check_members(anatomy, "--set gradients", "leave it out")
 
     def copies(self, anatomy: Anatomy, windows: int, length: int) -> int:
@@ -251,14 +262,16 @@ class Obs(Structured):
 
     # ---- what the loss says of units -----------------------------------------------------------
 
-    @property
-    def looks_ahead(self) -> bool:
-        return self.survey_by == "gradients"
+    def survey_by(self, anatomy: Anatomy, tokens: int) -> SurveyBy | None:
+        asked = self.options.gradients
+        if asked == "auto":
+            asked = is_small(anatomy) and tokens >= MANY_TOKENS and has_members(anatomy)
+        return "gradients" if asked else None
 
     @property
     def gradients_held(self) -> int:
         """Those of a window, and what is made of those of one layer."""
-        return 2 if self.looks_ahead else 0
+        return 2
 
     def survey(self, block: Block) -> Scores:
         """f of each unit: the mean over windows of the sum over its weights of (W g)^2, (units,).
@@ -291,13 +304,33 @@ class Obs(Structured):
         surveys: Mapping[int, Scores],
         total: int,
     ) -> Shares:
-        """As without gradients; what they say goes to the cut of each block."""
-        shares = super().allocate(anatomy, layers, importances, surveys, total)
+        """What gradients say goes to the cut of each block, and both ends are left to others.
+
+        There gradients mislead, and blocks that all lose the same do best beside them.
+        """
+        if not surveys:
+            return super().allocate(anatomy, layers, importances, surveys, total)
+        try:
+            shares = super(Obs, self._alike(anatomy)).allocate(
+                anatomy, layers, importances, surveys, total
+            )
+        except RecipeError:  # so much only goes with the blocks that this spares
+            shares = super().allocate(anatomy, layers, importances, surveys, total)
         for layer, survey in surveys.items():
             # Six digits: as they come back from the journal.
             scores = {name: [short(f) for f in own.tolist()] for name, own in survey.items()}
             shares[layer] = replace(shares[layer], scores=scores)
         return shares
+
+    def _alike(self, anatomy: Anatomy) -> Obs:
+        """The same with blocks alike but for those at both ends, where nothing else is said."""
+        options, depth = self.options, anatomy.layers
+        settled = {
+            "shares": "uniform" if options.shares == "auto" else options.shares,
+            "exempt_first": exempt(options.exempt_first, BY_GRADIENTS[0], depth),
+            "exempt_last": exempt(options.exempt_last, BY_GRADIENTS[1], depth),
+        }
+        return Obs(options.model_copy(update=settled), self.form)
 
     def relative(self, anatomy: Anatomy) -> set[str]:
         if self.options.tokens == "alike":
@@ -356,7 +389,7 @@ class RefitRemoval:
             unit=unit,
             steps=options.steps,
             scores=None if scores is None else torch.tensor(scores, dtype=torch.float64),
-            part=options.gradients,
+            part=GRADIENTS if options.gradients == "auto" else options.gradients,
         )
 
     def kept(self, removed: int) -> torch.Tensor:

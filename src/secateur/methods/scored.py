@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from secateur.anatomy import Anatomy
 from secateur.errors import RecipeError
 from secateur.finite import all_finite
-from secateur.methods.base import Block, Share, Shares
+from secateur.methods.base import Block, Share, Shares, SurveyBy
 from secateur.methods.units import Units, group_width
 from secateur.plans import BlockCut
 from secateur.solvers.budget import nearest
@@ -52,9 +52,8 @@ class Scored(Units):
         """Whether the units of all blocks stand in one order; else each block loses the same."""
         return False
 
-    @property
-    def looks_ahead(self) -> bool:
-        return self.pooled
+    def survey_by(self, anatomy: Anatomy, tokens: int) -> SurveyBy | None:
+        return "statistics" if self.pooled else None
 
     @abstractmethod
     def scores(self, block: Block) -> Scores:

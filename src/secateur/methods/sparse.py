@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from secateur.anatomy import Anatomy
 from secateur.errors import RecipeError
-from secateur.methods.base import Block, Method, Share, Shares
+from secateur.methods.base import Block, Method, Share, Shares, SurveyBy
 from secateur.plans import BlockCut
 from secateur.solvers.ladder import solving_for
 from secateur.solvers.patterns import (
@@ -168,9 +168,8 @@ class SparseMethod(Method):
 
     # ---- how many ----------------------------------------------------------------------------
 
-    @property
-    def looks_ahead(self) -> bool:
-        return self.allocation != "uniform"
+    def survey_by(self, anatomy: Anatomy, tokens: int) -> SurveyBy | None:
+        return None if self.allocation == "uniform" else "statistics"
 
     @property
     def survey_needs(self) -> Literal["moments", "channels"]:

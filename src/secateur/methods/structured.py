@@ -37,7 +37,7 @@ class StructuredOptions(BaseModel):
         "auto", description="whole blocks to remove; auto: chosen by the loss on held-out windows"
     )
     compensate: bool = Field(
-        False,
+        True,
         description="blocks behind a removed one add as much less to the hidden state as that made "
         "it grow",
     )

@@ -178,6 +178,12 @@ class Member:
     width: int
 
 
+def has_members(anatomy: Anatomy) -> bool:
+    """Whether :func:`members` knows what its units are made of."""
+    heads = anatomy.find("values")
+    return heads is not None and bool(heads.queries)
+
+
 def check_members(anatomy: Anatomy, what: str, instead: str) -> None:
     """Refuse a model whose units are not what :func:`members` knows.
 
@@ -188,8 +194,7 @@ def check_members(anatomy: Anatomy, what: str, instead: str) -> None:
     Raises:
         RecipeError: its blocks have no attention.
     """
-    heads = anatomy.find("values")
-    if heads is None or not heads.queries:
+    if not has_members(anatomy):
         raise RecipeError(
             f"{what} adds up gradients over the layers of attention and FFN, and blocks of "
             f"{anatomy.model_type} have others: {instead}"

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from secateur.magnitude import said
 from secateur.plans import Plan
 
 
@@ -51,6 +52,8 @@ def model_card(plan: Plan, record: dict[str, Any], *, source: str, stock: bool) 
     steps = [step for cut in plan.blocks for step in cut.steps]
     if steps:
         why += f" Solvers could not go the straight way everywhere: {'; '.join(steps)}."
+    if adds := said(cut.notes for cut in plan.blocks):
+        why += f" {adds}"
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).rstrip()}
 ---

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.checkpoint.writer import write_bytes
+from secateur.magnitude import said
 from secateur.outputs.hf import RECORD
 from secateur.plans import STEPS
 from secateur.report.charts import Bar, Point, Series, bar_chart, column_chart, key, line_chart
@@ -97,6 +98,7 @@ def pruning_page(record: Mapping[str, Any], facts: RunFacts) -> str:
         verification=facts.verification.text() if facts.verification else "",
         shares=_shares_chart(blocks),
         whole=bool(plan["removed_layers"]),
+        adds=said(block.get("notes", {}) for block in plan["blocks"]),
         importances=_importance_chart(blocks),
         errors=errors["svg"],
         error_series=errors["series"],
