@@ -10,14 +10,12 @@ pages, seconds, and the largest relative difference of a block's gradient norm b
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-from memory_depth import write_checkpoint
+from memory_depth import checkpoints, shapes
 
 SAMPLES, LENGTH = 10, 64
 
@@ -76,20 +74,11 @@ def measure(script: str, source: Path) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--depths", nargs="+", type=int, default=[8, 16, 32])
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--ffn", type=int, default=4096)
-    args = parser.parse_args()
-    print(f"hidden {args.hidden}, FFN {args.ffn}, {SAMPLES} x {LENGTH} tokens, bf16 source")
+    args = shapes(__doc__.splitlines()[0], LENGTH)
     print("| blocks | streamed, MiB | whole model, MiB | ratio | streamed, s | whole, s | norms |")
     print("|---|---|---|---|---|---|---|")
-    for depth in args.depths:
-        with tempfile.TemporaryDirectory() as temporary:
-            source = Path(temporary) / "source"
-            source.mkdir()
-            write_checkpoint(source, depth, args.hidden, args.ffn)
-            streamed, whole = measure(STREAMED, source), measure(WHOLE, source)
+    for depth, source in checkpoints(args):
+        streamed, whole = measure(STREAMED, source), measure(WHOLE, source)
         apart = max(abs(whole["norms"][i] / norm - 1) for i, norm in streamed["norms"].items())
         one, other = streamed["peak"] / 2**20, whole["peak"] / 2**20
         print(

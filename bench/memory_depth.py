@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 SAMPLES, LENGTH = 10, 128
@@ -70,24 +71,36 @@ def write_checkpoint(folder: Path, depth: int, hidden: int, ffn: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def shapes(description: str, length: int) -> argparse.Namespace:
+    """Depths, and width and FFN of all, from the command line; said in a line."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--depths", nargs="+", type=int, default=[8, 16, 32])
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--ffn", type=int, default=4096)
     args = parser.parse_args()
-    print(f"hidden {args.hidden}, FFN {args.ffn}, {SAMPLES} x {LENGTH} tokens, bf16 source")
-    print("| blocks | peak, MiB | boundary activations, MiB | rest, MiB | estimate, MiB |")
-    print("|---|---|---|---|---|")
+    print(f"hidden {args.hidden}, FFN {args.ffn}, {SAMPLES} x {length} tokens, bf16 source")
+    return args
+
+
+def checkpoints(args: argparse.Namespace) -> Iterator[tuple[int, Path]]:
+    """Each depth with a checkpoint of it, which is gone when the next is asked for."""
     for depth in args.depths:
         with tempfile.TemporaryDirectory() as temporary:
             source = Path(temporary) / "source"
             source.mkdir()
             write_checkpoint(source, depth, args.hidden, args.ffn)
-            run = subprocess.run(
-                [sys.executable, "-c", PRUNE, str(source), str(Path(temporary) / "out")],
-                capture_output=True, text=True, check=True,
-            )  # fmt: skip
+            yield depth, source
+
+
+def main() -> None:
+    args = shapes(__doc__.splitlines()[0], LENGTH)
+    print("| blocks | peak, MiB | boundary activations, MiB | rest, MiB | estimate, MiB |")
+    print("|---|---|---|---|---|")
+    for depth, source in checkpoints(args):
+        run = subprocess.run(
+            [sys.executable, "-c", PRUNE, str(source), str(source.with_name("out"))],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
         found = json.loads(run.stdout.splitlines()[-1])
         boundaries = SAMPLES * LENGTH * args.hidden * 4 * (depth + 1) / 2**20
         peak = found["peak"] / 2**20
