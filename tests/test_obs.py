@@ -16,7 +16,9 @@ from secateur.errors import RecipeError
 from secateur.forms import Form
 from secateur.methods import obs
 from secateur.methods.obs import Obs, ObsOptions
+from secateur.pipeline import make_plan
 from secateur.progress import Progress
+from secateur.recipe import make_recipe
 from secateur.streaming import Stream
 
 Folder = Callable[[str], Path]
@@ -97,3 +99,26 @@ def test_trials_share_one_survey(model_folder: Folder, monkeypatch: pytest.Monke
     assert sorted(known) == [0, 1, 2, 3]
     assert engine.shares(shorter, tokens, known) == engine.shares(shorter, tokens)
     assert len(surveyed) == 3
+
+
+def test_heads_stay_where_half_of_the_neurons_are_enough(model_folder: Folder) -> None:
+    def groups_left(remove: str, **options: Any) -> int:
+        made = make_recipe(
+            method="obs", remove=remove, of="decoder", round_to=1,
+            calibration={"samples": 4, "length": 24},
+            options={"layers": 0, "copies": 0, "written": 0, "exempt_first": 0, "exempt_last": 0,
+                     "cap": 0.95, "shares": "uniform", **options},
+        )  # fmt: skip
+        plan = make_plan(model_folder("llama-gqa-tied"), made).plan
+        every = plan.anatomy.kv_heads
+        return sum(every if cut.groups is None else len(cut.groups) for cut in plan.blocks)
+
+    anatomy = Stream(open_checkpoint(model_folder("llama-gqa-tied"))).anatomy
+    every = anatomy.kv_heads * anatomy.layers
+    down = anatomy.denses["mlp.down_proj"]
+    half = down.inputs // 2 * 3 * down.rows
+    share = half / anatomy.block_parameters
+    below, above = (f"{100 * share + off:.1f}%" for off in (-3, 8))
+    assert groups_left(below) == every
+    assert groups_left(above) < every
+    assert groups_left(above, groups="keep") == every

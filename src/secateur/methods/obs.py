@@ -91,6 +91,12 @@ class ObsOptions(StructuredOptions):
         "back through the uncut model; 0: none; auto: 0.5 from 30,000 tokens of calibration text "
         "on where the blocks are below 1 GiB in float32",
     )
+    groups: Annotated[int, Field(ge=1)] | Literal["auto", "keep"] = Field(
+        "auto",
+        description="KV groups that each cut block keeps; auto: all where half of the neurons are "
+        "enough, else by the common threshold, and with layout uniform as many as the FFN's width "
+        "allows; keep: all",
+    )
     shares: Literal["auto", "importance", "uniform"] = Field(  # type: ignore[assignment]
         "auto",
         description="share of each block: by 1/importance (COMP's Eq. 10), or the same; auto: the "
@@ -142,6 +148,16 @@ class Obs(Structured):
             )
         if self.options.gradients not in (0, "auto"):
             check_members(anatomy, "--set gradients", "leave it out")
+
+    def _heads_lost(self, anatomy: Anatomy, quota: int) -> int | None:
+        """None where half of the neurons are enough: the threshold takes heads too soon."""
+        kinds = anatomy.consumers("values", "neurons")
+        if self.options.groups == "auto" and not self.form.uniform and len(kinds) == 2:
+            neurons = kinds[1]
+            half = torch.arange(anatomy.denses[neurons].inputs // 2)
+            if quota <= self._removed(anatomy, {neurons: half}):
+                return 0
+        return super()._heads_lost(anatomy, quota)
 
     def copies(self, anatomy: Anatomy, windows: int, length: int) -> int:
         if not self.options.refit:
