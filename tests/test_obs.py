@@ -101,7 +101,7 @@ def test_trials_share_one_survey(model_folder: Folder, monkeypatch: pytest.Monke
     assert len(surveyed) == 3
 
 
-def test_heads_stay_where_half_of_the_neurons_are_enough(model_folder: Folder) -> None:
+def test_heads_stay_where_three_quarters_of_the_neurons_are_enough(model_folder: Folder) -> None:
     def groups_left(remove: str, **options: Any) -> int:
         made = make_recipe(
             method="obs", remove=remove, of="decoder", round_to=1,
@@ -116,8 +116,8 @@ def test_heads_stay_where_half_of_the_neurons_are_enough(model_folder: Folder) -
     anatomy = Stream(open_checkpoint(model_folder("llama-gqa-tied"))).anatomy
     every = anatomy.kv_heads * anatomy.layers
     down = anatomy.denses["mlp.down_proj"]
-    half = down.inputs // 2 * 3 * down.rows
-    share = half / anatomy.block_parameters
+    most = down.inputs // 4 * 3 * 3 * down.rows
+    share = most / anatomy.block_parameters
     below, above = (f"{100 * share + off:.1f}%" for off in (-3, 8))
     assert groups_left(below) == every
     assert groups_left(above) < every

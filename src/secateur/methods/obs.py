@@ -93,9 +93,9 @@ class ObsOptions(StructuredOptions):
     )
     groups: Annotated[int, Field(ge=1)] | Literal["auto", "keep"] = Field(
         "auto",
-        description="KV groups that each cut block keeps; auto: all where half of the neurons are "
-        "enough, else by the common threshold, and with layout uniform as many as the FFN's width "
-        "allows; keep: all",
+        description="KV groups that each cut block keeps; auto: all where three quarters of "
+        "the neurons are enough, else by the common threshold, and with layout uniform as many as "
+        "the FFN's width allows; keep: all",
     )
     shares: Literal["auto", "importance", "uniform"] = Field(  # type: ignore[assignment]
         "auto",
@@ -150,12 +150,12 @@ class Obs(Structured):
             check_members(anatomy, "--set gradients", "leave it out")
 
     def _heads_lost(self, anatomy: Anatomy, quota: int) -> int | None:
-        """None where half of the neurons are enough: the threshold takes heads too soon."""
+        """None where three quarters of the neurons are enough: a threshold takes heads too soon."""
         kinds = anatomy.consumers("values", "neurons")
         if self.options.groups == "auto" and not self.form.uniform and len(kinds) == 2:
             neurons = kinds[1]
-            half = torch.arange(anatomy.denses[neurons].inputs // 2)
-            if quota <= self._removed(anatomy, {neurons: half}):
+            quarter = torch.arange(anatomy.denses[neurons].inputs // 4)
+            if quota <= self._removed(anatomy, {neurons: quarter}):
                 return 0
         return super()._heads_lost(anatomy, quota)
 
